@@ -1,0 +1,1290 @@
+"""Tests of nemotron.py: standard library, no network but loopback, nothing patched.
+
+One server, `Server`, answers with what a case says, byte for byte.  Time is never
+slept away: a `Client` has `_clock` and `_sleep`, and what must wait waits for an event.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import io
+import itertools
+import json
+import logging
+import os
+import pathlib
+import pickle
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+import nemotron
+
+HERE = pathlib.Path(__file__).resolve().parent
+TOKEN = "s3cret-token/of+tests=="
+POSIX = os.name == "posix"
+
+# ---------------------------------------------------------------- The loopback server
+
+Answer = collections.namedtuple("Answer", "pieces status headers framing end")
+
+
+def answer(*pieces, status=200, headers=(), framing="length", end="clean"):
+    """What the server sends: framing is length, chunked (each piece one chunk) or close;
+    end is clean, short (framing says more), reset, or stall."""
+    raw = [p.encode() if isinstance(p, str) else p for p in pieces]
+    return Answer(raw, status, dict(headers), framing, end)
+
+
+def sse(*datas, done=True, **kwargs):
+    """A stream with these objects (or texts) as its data."""
+    texts = [d if isinstance(d, str) else json.dumps(d) for d in datas]
+    texts += ["[DONE]"] * done
+    kwargs = {"framing": "chunked", "headers": {"Content-Type": "text/event-stream"},
+              **kwargs}
+    return answer(*[f"data: {text}\n\n" for text in texts], **kwargs)
+
+
+def delta(content=None, finish=None, index=0, **fields):
+    part = {} if content is None else {"role": "assistant", "content": content}
+    choice = {"index": index, "delta": part, "finish_reason": finish}
+    return {"id": "c1", "object": "chat.completion.chunk", "created": 7, "model": "m",
+            "choices": [choice], **fields}
+
+
+USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5,
+         "estimated_cost": 0.25}
+
+
+def completion(content="ok", finish="stop", **fields):
+    message = {"role": "assistant", "content": content}
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    return {"id": "c1", "object": "chat.completion", "created": 7, "model": "m",
+            "choices": [choice], "usage": USAGE, **fields}
+
+
+def reply(*args, **kwargs):
+    return answer(json.dumps(completion(*args, **kwargs)))
+
+
+class Request:
+    def __init__(self, line, headers, body):
+        self.method, self.path, _ = line.split(" ")
+        self.headers = {k.lower(): v for k, v in headers}
+        self.raw = body
+        self.json = json.loads(body) if body else None
+
+
+class Server:
+    """Answers on 127.0.0.1 with `answers`: one for each request, the last for all that
+    follow; or with what a function of the Request returns."""
+
+    def __init__(self, *answers):
+        self._answers, self._lock = answers, threading.Lock()
+        self.requests, self.flying, self.most = [], 0, 0
+        self.over = threading.Event()  # lets a stall end
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def client(self, **settings):
+        client = nemotron.Client(
+            **{"token": TOKEN, "base_url": self.url, "timeout": 10, **settings})
+        client.slept = []
+        client._sleep = client.slept.append
+        return client
+
+    def _accept(self):
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection):
+        with connection, contextlib.suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with connection.makefile("rb") as file:
+                line = file.readline().decode().strip()
+                headers = []
+                while header := file.readline().decode().strip():
+                    headers.append(header.split(": ", 1))
+                length = int(dict(headers).get("Content-Length", 0))
+                request = Request(line, headers, file.read(length))
+            with self._lock:
+                number = len(self.requests)
+                self.requests.append(request)
+                self.flying += 1
+                self.most = max(self.most, self.flying)
+            try:
+                source = self._answers[min(number, len(self._answers) - 1)]
+                self._send(connection, source(request) if callable(source) else source)
+            finally:
+                with self._lock:
+                    self.flying -= 1
+
+    def _send(self, connection, what):
+        if what is None:  # gone before a word
+            return
+        headers = dict(what.headers)
+        if what.framing == "length":
+            extra = 10 if what.end != "clean" else 0
+            headers["Content-Length"] = sum(map(len, what.pieces)) + extra
+        elif what.framing == "chunked":
+            headers["Transfer-Encoding"] = "chunked"
+        head = "".join(f"{k}: {v}\r\n" for k, v in headers.items())
+        connection.sendall(f"HTTP/1.1 {what.status} Words\r\n{head}\r\n".encode("latin-1"))
+        for piece in what.pieces:
+            if what.framing == "chunked":
+                piece = b"%x\r\n%s\r\n" % (len(piece), piece)
+            connection.sendall(piece)
+        if what.framing == "chunked" and what.end == "clean":
+            connection.sendall(b"0\r\n\r\n")
+        if what.end == "stall":
+            self.over.wait(30)
+        if what.end == "reset":
+            # What was sent must have been read, or the reset would throw it away.
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                  struct.pack("ii", 1, 0))
+
+
+def quiet(function):
+    """Run a test with the logger's warnings kept out of the output."""
+    def run(self):
+        with self.assertLogs("nemotron", "WARNING") as self.logged:
+            logging.getLogger("nemotron").warning("none so far")
+            function(self)
+    run.__name__ = function.__name__
+    return run
+
+
+def program(*args, stdin=b"", env=(), **kwargs):
+    """Run nemotron.py as a program; (status, stdout, stderr), as text."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "nemotron.py"), *map(str, args)],
+        input=stdin, capture_output=True, env=environment(**dict(env)), timeout=60, **kwargs)
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def environment(**extra):
+    keep = ("PATH", "HOME", "SYSTEMROOT", "TMPDIR", "LANG")
+    base = {name: os.environ[name] for name in keep if name in os.environ}
+    return {**base, **{k: v for k, v in extra.items() if v is not None}}
+
+
+def main(*args, stdin=""):
+    """Call main(); (status, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    before, sys.stdin = sys.stdin, io.StringIO(stdin)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = nemotron.main([str(arg) for arg in args])
+    finally:
+        sys.stdin = before
+    return status, out.getvalue(), err.getvalue()
+
+
+class Case(unittest.TestCase):
+    def setUp(self):
+        self.folder = pathlib.Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder)
+        kept = {name: os.environ.pop(name) for name in list(os.environ)
+                if name.startswith(("DEEPINFRA_", "NEMOTRON_"))
+                or name.lower().endswith("_proxy")}
+        self.addCleanup(os.environ.update, kept)
+
+    def serve(self, *answers):
+        server = Server(*answers)
+        self.addCleanup(server.__exit__)
+        return server
+
+    def setenv(self, **variables):
+        os.environ.update(variables)
+        for name in variables:
+            self.addCleanup(os.environ.pop, name, None)
+
+    def refused(self, call, *args, **kwargs):
+        """The words of the InvalidRequestError that the call raises."""
+        with self.assertRaises(nemotron.InvalidRequestError) as caught:
+            call(*args, **kwargs)
+        return str(caught.exception)
+
+
+# -------------------------------------------------------------- Parameters and requests
+
+# (name, accepted, refused), written out from the provider's page and OpenAPI file.
+BOUNDS = (
+    ("temperature", (0, 2, 0.7, 1), (-0.001, 2.001, True, "1", float("nan"))),
+    ("top_p", (0.001, 1), (0, 1.001, -1)),
+    ("min_p", (0, 1), (-0.001, 1.001)),
+    ("top_k", (0, 999), (-1, 1000, 1.0, True)),
+    ("max_tokens", (0, 1000000), (-1, 1000001, 10.0)),
+    ("presence_penalty", (-2, 2), (-2.001, 2.001, float("inf"))),
+    ("frequency_penalty", (-2, 2), (-2.001, 2.001)),
+    ("repetition_penalty", (0.01, 5), (0.0099, 5.001)),
+    ("seed", (0, 2**63 - 1), (-1, 2**63, 9223372036854776000, 1.0)),
+    ("tool_choice", ("none", "auto"), ("required", "", {}, [])),
+    ("user", ("", "me"), (1, ["me"])),
+    ("stop", ("x", ["x"], ["x"] * 16), ([], ["x"] * 17, [1], 1)),
+    ("n", (1, 4), (0, 5, 1.0)),
+    ("tools", ([], [{"type": "function"}]), ({}, ["f"])),
+    ("response_format", ({"type": "json_object"},), ("json", [])),
+)
+
+
+class ParameterTests(Case):
+    def test_bounds_written_out(self):
+        self.assertEqual({row[0] for row in BOUNDS}, set(nemotron.DOCUMENTED))
+        for name, accepted, refused in BOUNDS:
+            for value in accepted:
+                with self.subTest(name, accepted=value):
+                    body = nemotron.build_request("x", **{name: value})
+                    self.assertEqual(body[name], value)
+            for value in refused:
+                with self.subTest(name, refused=value):
+                    words = self.refused(nemotron.build_request, "x", **{name: value})
+                    self.assertIn(name, words)
+
+    def test_bounds_of_the_table(self):
+        ranges = [row for row in nemotron.PARAMETERS if row.range]
+        self.assertGreater(len(ranges), 9)
+        for row in ranges:
+            low, above, name, below, high = row.range.split()
+            self.assertEqual(name, row.name)
+            kind = int if row.kind == "an integer" else float
+            step = 1 if kind is int else 1e-6
+            for bound, strict, out in ((kind(low), above == "<", -step),
+                                       (kind(high), below == "<", step)):
+                inside = bound - out if strict else bound
+                with self.subTest(row.name, bound=bound):
+                    nemotron.build_request("x", **{row.name: inside})
+                    self.refused(nemotron.build_request, "x", **{row.name: inside + out})
+
+    def test_none_is_not_given(self):
+        params = dict.fromkeys(nemotron.DOCUMENTED)
+        body = nemotron.build_request("x", system=None, extra=None, model=None, **params)
+        self.assertEqual(body, {"model": nemotron.MODEL,
+                                "messages": [{"role": "user", "content": "x"}]})
+
+    def test_unknown_names_the_nearest(self):
+        for name, nearest in (("temprature", "temperature"), ("max_token", "max_tokens"),
+                              ("top-k", "top_k"), ("system_prompt", "system")):
+            with self.subTest(name):
+                words = self.refused(nemotron.build_request, "x", **{name: 1})
+                self.assertIn(f"did you mean {nearest}?", words)
+
+    def test_extra(self):
+        extra = {"logprobs": True, "temperature": 9}
+        body = nemotron.build_request("x", temperature=1, extra=extra)
+        self.assertEqual((body["logprobs"], body["temperature"]), (True, 9))
+        self.assertEqual(extra, {"logprobs": True, "temperature": 9})
+        for name in ("messages", "model", "stream"):
+            self.assertIn(name, self.refused(
+                nemotron.build_request, "x", extra={name: 1}))
+        self.refused(nemotron.build_request, "x", extra=[1])
+
+    def test_what_is_not_json_is_refused_before_it_is_sent(self):
+        with Server(reply()) as server:
+            for value in (float("nan"), {1, 2}, object()):
+                with self.subTest(value):
+                    self.refused(server.client().chat, "x", extra={"y": value})
+            loop = []
+            loop.append(loop)
+            self.refused(server.client().chat, "x", extra={"y": loop})
+            self.assertEqual(server.requests, [])
+
+
+USER = {"role": "user", "content": "u"}
+ASSISTANT = {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TOOL = {"role": "tool", "content": "42", "tool_call_id": "1"}
+
+GOOD_MESSAGES = {
+    "one": [USER],
+    "a conversation": [SYSTEM, USER, ASSISTANT, USER],
+    "system in the middle": [USER, SYSTEM, ASSISTANT, USER],
+    "system last": [USER, SYSTEM],
+    "a tool's answer": [USER, CALLS, TOOL],
+    "no content but calls": [USER, {"role": "assistant", "tool_calls": [CALL]}, TOOL],
+    "other keys": [{**USER, "name": "me"}],
+    "a tuple": (USER,),
+    "half a pair": [{"role": "user", "content": "\ud83d"}],
+}
+BAD_MESSAGES = {
+    "empty": ([], "no user message"),
+    "system alone": ([SYSTEM], "no user message"),
+    "assistant last": ([USER, ASSISTANT], "messages[1]"),
+    "assistant last but system": ([USER, ASSISTANT, SYSTEM], "messages[1]"),
+    "two systems": ([SYSTEM, USER, SYSTEM], "messages[2]: a second system"),
+    "not an object": ([USER, "x"], "messages[1]"),
+    "unknown role": ([{"role": "robot", "content": "x"}], "messages[0]: role"),
+    "unhashable role": ([{"role": [], "content": "x"}], "messages[0]: role"),
+    "no content": ([{"role": "user"}], "messages[0]: content"),
+    "content in parts": ([{"role": "user", "content": [{}]}], "messages[0]: content"),
+    "null without calls": ([{"role": "assistant", "content": None}, USER], "messages[0]"),
+    "null with no calls": ([{**CALLS, "tool_calls": []}, USER], "messages[0]"),
+    "a tool without id": ([USER, CALLS, {"role": "tool", "content": ""}], "messages[2]"),
+    "a number": (5, "messages must be"),
+    "an object": (USER, "messages must be"),
+    "none": (None, "messages must be"),
+}
+
+
+class RequestTests(Case):
+    def test_good_messages(self):
+        for name, messages in GOOD_MESSAGES.items():
+            with self.subTest(name):
+                body = nemotron.build_request(messages)
+                self.assertEqual(body["messages"], list(messages))
+
+    def test_bad_messages(self):
+        for name, (messages, words) in BAD_MESSAGES.items():
+            with self.subTest(name):
+                self.assertIn(words, self.refused(nemotron.build_request, messages))
+
+    def test_system(self):
+        body = nemotron.build_request("u", system="s")
+        self.assertEqual(body["messages"], [SYSTEM, USER])
+        self.refused(nemotron.build_request, [SYSTEM, USER], system="s")
+        self.refused(nemotron.build_request, "u", system=5)
+
+    def test_objects_of_the_caller_stay(self):
+        messages, before = [SYSTEM, USER], json.dumps([SYSTEM, USER])
+        body = nemotron.build_request(messages, stop=["x"])
+        body["messages"][1]["content"] = "changed"
+        body["messages"].append("more")
+        self.assertEqual(json.dumps(messages), before)
+
+    def test_stream_belongs_to_the_call(self):
+        self.assertEqual(nemotron.build_request("x", stream=True)["stream"], True)
+        self.assertNotIn("stream", nemotron.build_request("x"))
+        self.refused(nemotron.Client(token="t").chat, "x", stream=True)
+
+
+# Each form of a batch's request, and its body.
+FORMS = {
+    "text": ("u", {}),
+    "a prompt": ({"prompt": "u", "custom_id": "x", "seed": 1}, {"seed": 1}),
+    "a prompt and system": ({"prompt": "u", "system": "s"}, {"messages": [SYSTEM, USER]}),
+    "a body": ({"messages": [USER], "top_k": 5, "logprobs": True},
+               {"top_k": 5, "logprobs": True}),
+    "a body with stream": ({"messages": [USER], "stream": True, "model": "z"},
+                           {"model": "z"}),
+    "a batch line": ({"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
+                      "body": {"model": "z", "messages": [USER], "max_tokens": 9}},
+                     {"model": "z", "max_tokens": 9}),
+    "a DeepInfra line": ({"custom_id": "a", "url": "/v1/openai/chat/completions",
+                          "body": {"messages": [USER], "seed": None}}, {}),
+    "its own system": ({"messages": [SYSTEM, USER]}, {"messages": [SYSTEM, USER]}),
+}
+BAD_FORMS = {
+    "a number": 5, "none": None, "a list": [USER], "nothing in it": {},
+    "both": {"prompt": "u", "messages": [USER]}, "prompt a number": {"prompt": 5},
+    "a bad parameter": {"prompt": "u", "top_p": 0}, "body a list": {"body": []},
+    "another url": {"url": "/v1/embeddings", "body": {"messages": [USER]}},
+    "another method": {"method": "GET", "body": {"messages": [USER]}},
+    "a numeric id": {"custom_id": 5, "prompt": "u"}, "bad messages": {"messages": "u"},
+}
+
+
+class BatchRequestTests(Case):
+    def test_forms(self):
+        for name, (form, expected) in FORMS.items():
+            with self.subTest(name):
+                before = json.dumps(form)
+                body = nemotron.read_request(form, {"model": "m"})
+                self.assertEqual(body, {"model": "m", "messages": [USER], **expected})
+                self.assertEqual(json.dumps(form), before)
+
+    def test_bad_forms(self):
+        for name, form in BAD_FORMS.items():
+            with self.subTest(name):
+                if name == "bad messages":  # text is one user message there, too
+                    nemotron.read_request(form, {})
+                else:
+                    self.refused(nemotron.read_request, form, {})
+
+    def test_defaults(self):
+        defaults = {"model": "m", "system": "s", "seed": 1, "extra": {"a": 1, "b": 1}}
+        body = nemotron.read_request({"prompt": "u", "seed": 2, "b": 2}, defaults)
+        self.assertEqual(body, {"model": "m", "messages": [SYSTEM, USER], "seed": 2,
+                                "a": 1, "b": 2})
+        own = {"role": "system", "content": "own"}
+        body = nemotron.read_request({"messages": [own, USER]}, defaults)
+        self.assertEqual(body["messages"], [own, USER])
+
+
+# ---------------------------------------------------------------------------- Replies
+
+ODD = (None, 5, "x", [], {}, [None], [5], ["x"], [[]], [{}], {"0": {}}, True,
+       [{"index": None}], [{"index": 0, "message": None, "delta": None}],
+       [{"message": {"content": 5, "tool_calls": 5}, "finish_reason": 5}],
+       [{"message": {"content": ["x"], "tool_calls": [5]}}], [{"message": [], "delta": "x"}],
+       [{"index": [], "delta": {"content": {}, "tool_calls": [{"function": 5}]}}])
+
+
+class ReplyTests(Case):
+    def test_the_properties_never_raise(self):
+        for value in ODD:
+            for kind in (nemotron.Completion, nemotron.Chunk):
+                with self.subTest(kind.__name__, value=value):
+                    one = kind(choices=value, usage=value)
+                    self.assertEqual(one.text, "")
+                    self.assertIsNone(one.finish_reason)
+                    self.assertIsInstance(one.usage, dict)
+                    if kind is nemotron.Completion:
+                        self.assertEqual(one.tool_calls, [])
+                        self.assertIsNone(one.cost)
+                        self.assertEqual(one.message, {"role": "assistant", "content": ""})
+                    joiner = nemotron.Joiner(False)
+                    joiner.add(nemotron.Chunk(one))
+                    self.assertEqual(joiner.completion().text, "")
+
+    def test_choice_0_is_the_one_with_its_index(self):
+        choices = [{"index": 1, "message": {"content": "b"}},
+                   {"index": 0, "message": {"content": "a"}, "finish_reason": "stop"}]
+        one = nemotron.Completion(choices=choices)
+        self.assertEqual((one.text, one.finish_reason), ("a", "stop"))
+        self.assertEqual(nemotron.Chunk(delta("b", index=1)).text, "")
+
+    def test_message_goes_into_the_next_request(self):
+        whole = nemotron.Completion(choices=[{"message": {
+            "role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None}}])
+        self.assertEqual(whole.message["tool_calls"], [CALL])
+        nemotron.build_request([USER, whole.message, TOOL])
+
+    def test_errors_are_one_line_and_can_be_pickled(self):
+        errors = [getattr(nemotron, name) for name in nemotron.__all__
+                  if name.endswith("Error")]
+        self.assertEqual(len(errors), 9)
+        for kind in errors:
+            with self.subTest(kind.__name__):
+                error = kind("a\nb\x1b[31m")
+                self.assertEqual(str(error), "a b\\x1b[31m")
+                error.status_code = 418
+                again = pickle.loads(pickle.dumps(error))
+                self.assertEqual((type(again), str(again), again.status_code),
+                                 (kind, str(error), 418))
+        self.assertTrue(issubclass(nemotron.APITimeoutError, TimeoutError))
+        self.assertTrue(issubclass(nemotron.InvalidRequestError, ValueError))
+
+
+# ----------------------------------------------------------------- Server-sent events
+
+SSE_CASES = {
+    "LF": (b"data: a\n\ndata: b\n\n", ["a", "b"]),
+    "CRLF": (b"data: a\r\n\r\ndata: b\r\n\r\n", ["a", "b"]),
+    "CR": (b"data: a\r\rdata: b\r\r", ["a", "b"]),
+    "mixed": (b"data: a\r\n\ndata: b\r\r\n", ["a", "b"]),
+    "BOM": (b"\xef\xbb\xbfdata: a\n\n", ["a"]),
+    "no space": (b"data:a\n\ndata:  b\n\n", ["a", " b"]),
+    "comments": (b": hi\n\n:\ndata: a\n: x\n\n", ["a"]),
+    "several lines": (b"data: a\ndata: b\ndata\n\n", ["a\nb\n"]),
+    "other fields": (b"id: 1\nretry: 5\nwhat\ndatab: x\ndata: a\n\n", ["a"]),
+    "no empty line at the end": (b"data: a\n\ndata: b\n", ["a", "b"]),
+    "no line end at the end": (b"data: a\n\ndata: b", ["a", "b"]),
+    "line separators of Unicode": ("data: a\u2028b\x85c\x0bd\n\n".encode(),
+                                   ["a\u2028b\x85c\x0bd"]),
+    "UTF-8": ("data: \u00e9\u20ac\U0001f600\n\n".encode(), ["\u00e9\u20ac\U0001f600"]),
+    "bad UTF-8": (b"data: \xff\n\n", ["\ufffd"]),
+    "an event without data": (b"event: x\n\ndata: a\n\n", ["a"]),
+    "nothing": (b"", []),
+    "empty data": (b"data:\n\ndata: a\n\n", ["", "a"]),
+}
+
+
+def cuts(raw):
+    """The bytes whole, one by one, and cut at every place."""
+    yield "whole", [raw]
+    yield "bytes", [raw[i : i + 1] for i in range(len(raw))]
+    for i in range(1, len(raw)):
+        yield f"cut at {i}", [raw[:i], raw[i:]]
+
+
+class EventTests(Case):
+    def test_cases(self):
+        for name, (raw, expected) in SSE_CASES.items():
+            for cut, pieces in cuts(raw):
+                with self.subTest(name, cut=cut):
+                    got = [data for _, data, _ in nemotron.events(pieces)]
+                    self.assertEqual(got, expected)
+
+    def test_names_and_torn_ends(self):
+        raw = b"event: error\ndata: a\n\ndata: b\n\ndata: c"
+        self.assertEqual(list(nemotron.events([raw])), [
+            ("error", "a", True), ("", "b", True), ("", "c", False)])
+
+    def test_each_event_comes_when_its_line_has_come(self):
+        came = []
+
+        def pieces():
+            for piece in (b"data: a\n\r", b"\ndata: b\r", b"\r"):
+                yield piece
+                came.append(len(got))
+
+        got = []
+        for event in nemotron.events(pieces()):
+            got.append(event)
+        self.assertEqual(came[0], 1)
+        self.assertEqual([data for _, data, _ in got], ["a", "b"])
+
+    def test_an_endless_event_is_an_error(self):
+        for name, piece in (("line", b"x" * 65536), ("lines", b"data: xxxxxxx\n" * 4096)):
+            with self.subTest(name), self.assertRaises(nemotron.ReplyError):
+                for _ in nemotron.events(itertools.repeat(piece)):
+                    pass
+        pings = itertools.islice(itertools.repeat(b": ping\n" * 8192), 400)
+        self.assertEqual(list(nemotron.events(pings)), [])  # 22 MiB, but no event
+
+
+# --------------------------------------------------- The provider's documented examples
+
+CHEF = {"role": "system", "content": "Respond like a michelin starred chef."}
+LAMB = {"role": "user", "content": "Can you name at least two different techniques to "
+        "cook lamb?"}
+BONJOUR = {"role": "assistant", "content":
+           "Bonjour! Let me tell you, my friend, cooking lamb is an art form, and I'm more "
+           "than happy to share with you not two, but three of my favorite techniques to "
+           "coax out the rich, unctuous flavors and tender textures of this majestic "
+           "protein. First, we have the classic \"Sous Vide\" method. Next, we have the "
+           "ancient art of \"Sous le Sable\". And finally, we have the more modern "
+           "technique of \"Hot Smoking.\""}
+SECOND = {"role": "user", "content": "Tell me more about the second method."}
+HELLO_REPLY = """{
+    "id": "chatcmpl-guMTxWgpFf", "object": "chat.completion", "created": 1694623155,
+    "model": "nvidia/Nemotron-4-340B-Instruct",
+    "choices": [{"index": 0, "message": {"role": "assistant",
+        "content": " Hello! It's nice to meet you. Is there something I can help you with \
+or would you like to chat for a bit?"}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 15, "completion_tokens": 16, "total_tokens": 31,
+        "estimated_cost": 0.0000268}}"""
+LAMB_REPLY = """{
+    "id": "chatcmpl-b23a3fb60cde42ce8f24bb980b4dee87", "object": "chat.completion",
+    "created": 1715688169, "model": "nvidia/Nemotron-4-340B-Instruct",
+    "choices": [{"index": 0, "message": {"role": "assistant",
+        "content": "Sous le Sable, my friend! It's an ancient technique that's been used \
+for centuries in the Middle East and North Africa. The name itself..."},
+        "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 149, "total_tokens": 487, "completion_tokens": 338,
+        "estimated_cost": 0.00035493}}"""
+HI_DELTAS = [{"role": "assistant", "content": " "}, {"role": "assistant", "content": " Hi"},
+             {"role": "assistant", "content": "!"}, {"role": "assistant", "content": ""},
+             {"role": "assistant", "content": "</s>"}, {}]
+HI = [{"id": "Rc5hsIPHOSfMP3rNSFUw9tfR", "object": "chat.completion.chunk",
+       "created": 1694623354, "model": "nvidia/Nemotron-4-340B-Instruct",
+       "choices": [{"index": 0, "delta": one, "finish_reason": None if one else "stop"}]}
+      for one in HI_DELTAS]
+
+
+class DocumentedTests(Case):
+    def test_hello(self):
+        server = self.serve(answer(HELLO_REPLY))
+        reply = server.client().chat("Hello!")
+        request, = server.requests
+        self.assertEqual(request.json, {
+            "model": "nvidia/Nemotron-4-340B-Instruct",
+            "messages": [{"role": "user", "content": "Hello!"}]})
+        self.assertEqual((request.method, request.path),
+                         ("POST", "/v1/chat/completions"))
+        self.assertEqual(request.headers["content-type"], "application/json")
+        self.assertEqual(request.headers["authorization"], f"Bearer {TOKEN}")
+        self.assertEqual(reply, json.loads(HELLO_REPLY))
+        self.assertTrue(reply.text.startswith(" Hello! It's nice"))
+        self.assertEqual(reply.finish_reason, "stop")
+        self.assertEqual(reply.usage["total_tokens"], 31)
+        self.assertEqual(reply.cost, 0.0000268)
+        self.assertEqual(reply.message, json.loads(HELLO_REPLY)["choices"][0]["message"])
+
+    def test_conversation(self):
+        server = self.serve(answer(LAMB_REPLY))
+        messages = [CHEF, LAMB, BONJOUR, SECOND]
+        reply = server.client().chat(messages)
+        self.assertEqual(server.requests[0].json, {
+            "model": "nvidia/Nemotron-4-340B-Instruct", "messages": messages})
+        self.assertTrue(reply.text.startswith("Sous le Sable, my friend!"))
+        self.assertEqual((reply.usage["prompt_tokens"], reply.cost), (149, 0.00035493))
+
+    def test_stream(self):
+        server = self.serve(sse(*HI))
+        client = server.client()
+        self.assertEqual(list(client.stream("Hello!")), [" ", " Hi", "!"])
+        self.assertEqual(server.requests[0].json, {
+            "model": "nvidia/Nemotron-4-340B-Instruct", "stream": True,
+            "messages": [{"role": "user", "content": "Hello!"}]})
+        self.assertEqual(list(client.stream("Hello!").chunks()), HI)
+        whole = client.stream("Hello!").completion()
+        self.assertEqual(whole, {
+            "id": "Rc5hsIPHOSfMP3rNSFUw9tfR", "object": "chat.completion",
+            "created": 1694623354, "model": "nvidia/Nemotron-4-340B-Instruct",
+            "choices": [{"index": 0, "finish_reason": "stop",
+                         "message": {"role": "assistant", "content": "  Hi!"}}]})
+        self.assertEqual(main("Hello!", "--base-url", server.url),
+                         (0, "Hi!\n", ""))
+
+
+# --------------------------------------------------------------------------- Streaming
+
+# name: (data of the events, the pieces of text); all of them end well.
+STREAMS = {
+    "plain": ([delta("a"), delta("b"), delta(finish="stop")], ["a", "b"]),
+    "text in the last": ([delta("a"), delta("b", "stop")], ["a", "b"]),
+    "stop token with the reason": ([delta("a"), delta("</s>", "stop")], ["a"]),
+    "stop token is text": ([delta("a"), delta("</s>"), delta("b", "stop")], ["a", "</s>b"]),
+    "two stop tokens": ([delta("</s>"), delta("</s>", "stop")], ["</s>"]),
+    "not quite a stop token": ([delta("</s> "), delta(finish="stop")], ["</s> "]),
+    "keep-alives": (["", "null", ": ping", ":", delta("a"), delta(finish="stop")], ["a"]),
+    "odd chunks": ([{}, {"choices": None}, delta(), delta("") | {"x": 1}, 
+                    {"choices": [{"index": 0, "delta": None, "finish_reason": ""}]},
+                    {"choices": [None, 5]}, delta("a"), delta(finish="length")], ["a"]),
+    "usage apart": ([delta("a"), delta(finish="stop"),
+                     {"choices": [], "usage": USAGE}], ["a"]),
+    "usage within": ([delta("a"), delta(finish="stop", usage=USAGE)], ["a"]),
+    "no reason but [DONE]": ([delta("a")], ["a"]),
+    "halves of a pair": ([delta("\ud83d"), delta("\ude00"), delta(finish="stop")],
+                         ["\ud83d", "\ude00"]),
+    "text after the end": ([delta("a", "stop"), delta("b")], ["a"]),
+    "error after the end": ([delta("a", "stop"), {"error": "late"}], ["a"]),
+    "nonsense after the end": ([delta("a", "stop"), "{oops"], ["a"]),
+    "other choices": ([delta("x", index=1), delta("a"), delta(finish="stop"),
+                       delta(finish="stop", index=1)], ["a"]),
+    "one plain reply": ([], None),
+}
+END = delta(finish="stop")
+
+# name: (data, class, words of the error, text of .partial); none of them is whole.
+BROKEN = {
+    "error": ([delta("a"), {"error": {"message": "busy now"}}], "busy now"),
+    "error as text": ([delta("a"), {"error": "out of memory"}], "out of memory"),
+    "error_message": ([delta("a"), {"choices": None, "error_type": "x",
+                                    "error_message": "engine died"}], "engine died"),
+    "detail": ([delta("a"), {"detail": "no such thing"}], "no such thing"),
+    "error beside choices": ([delta("a") | {"error": {"message": "both"}}], "both"),
+    "not JSON": ([delta("a"), "{oops"], "{oops"),
+    "JSON but text": ([delta("a"), '"hello"'], "hello"),
+    "a list": ([delta("a"), "[1]"], "[1]"),
+    "NUL and escapes": ([delta("a"), {"error": "\x1b[2J\x00"}], "\\x1b[2J\\x00"),
+}
+
+
+class StreamTests(Case):
+    def client_of(self, *answers, **settings):
+        return self.serve(*answers).client(**settings)
+
+    def test_streams(self):
+        for name, (datas, texts) in STREAMS.items():
+            if texts is None:
+                continue
+            raw = b"".join(sse(*datas).pieces)
+            for cut, pieces in (("whole", [raw]), ("bytes", [raw[i : i + 1] for i in range(
+                    len(raw))]), ("events", sse(*datas).pieces)):
+                client = self.client_of(answer(*pieces, framing="chunked"))
+                with self.subTest(name, cut=cut):
+                    stream = client.stream("x")
+                    self.assertEqual(list(stream), texts)
+                    whole = stream.completion()
+                    self.assertEqual(whole.text, "".join(texts))
+                    self.assertEqual(whole, client.stream("x").completion())
+                    last = [one for one in client.stream("x").chunks() if one.usage]
+                    self.assertEqual(whole.usage, last[-1].usage if last else {})
+
+    def test_every_cut_of_a_stream(self):
+        raw = b"".join(sse(delta("\u20ac\U0001f600"), delta("</s>"), END).pieces)
+        raw = b"\xef\xbb\xbf" + raw.replace(b"\\u20ac", "\u20ac".encode()).replace(
+            b"\n\n", b"\r\n\r\n")
+        for cut, pieces in cuts(raw):
+            with self.subTest(cut):
+                joiner = nemotron.Joiner(False)
+                for event, data, _ in nemotron.stream_events(iter(pieces)):
+                    if data != "[DONE]":
+                        joiner.add(nemotron.Chunk(nemotron.read_object(data, event)))
+                self.assertEqual(joiner.completion().text, "\u20ac\U0001f600")
+
+    def test_chat_equals_stream(self):
+        for name, one in (("text", completion("a b c")), ("length", completion("a", "length")),
+                          ("calls", completion(None, "tool_calls"))):
+            if name == "calls":
+                one["choices"][0]["message"]["tool_calls"] = [CALL, {**CALL, "id": "2"}]
+            with self.subTest(name):
+                chunks = [delta(word) for word in re.findall(r"\s*\w", "a b c")]
+                if name == "calls":
+                    calls = [{**CALL, "index": i, "id": str(i + 1), "function": {
+                        "name": "f", "arguments": "{"}} for i in (0, 1)]
+                    more = [{"index": i, "function": {"arguments": "}"}} for i in (0, 1)]
+                    chunks = [delta() for _ in range(2)]
+                    chunks[0]["choices"][0]["delta"] = {"content": None, "tool_calls": calls}
+                    chunks[1]["choices"][0]["delta"] = {"tool_calls": more}
+                elif name == "length":
+                    chunks = [delta("a")]
+                reason = one["choices"][0]["finish_reason"]
+                client = self.client_of(reply_of(one), sse(
+                    *chunks, delta(finish=reason, usage=USAGE)))
+                self.assertEqual(client.chat("x"), client.stream("x").completion())
+
+    def test_plain_json_for_a_stream(self):
+        for name, text in (("compact", json.dumps(completion("one piece"))),
+                           ("pretty", "\n\n" + json.dumps(completion("one piece"), indent=2)),
+                           ("BOM", "\ufeff" + json.dumps(completion("one piece")))):
+            for framing in ("length", "chunked"):
+                pieces = [text] if framing == "length" else [
+                    text.encode()[i : i + 1] for i in range(len(text.encode()))]
+                client = self.client_of(answer(*pieces, framing=framing))
+                with self.subTest(name, framing=framing):
+                    self.assertEqual(list(client.stream("x")), ["one piece"])
+                    self.assertEqual(client.stream("x").completion(), client.chat("x"))
+
+    def test_several_choices(self):
+        raw = [delta("a", index=0), delta("b", index=1), delta(finish="stop"),
+               delta("c", index=1)]
+        client = self.client_of(sse(*raw, delta(finish="length", index=1)),
+                                sse(*raw, done=False), sse(delta("a", "stop"), done=False))
+        with client.stream("x", n=2) as stream:
+            self.assertEqual(list(stream), ["a"])
+            texts = [c["message"]["content"] for c in stream.completion()["choices"]]
+            self.assertEqual((texts, stream.completion().cut), (["a", "bc"], "length"))
+        with self.assertRaises(nemotron.IncompleteReplyError) as caught:
+            client.stream("x", n=2).completion()
+        self.assertEqual(len(caught.exception.partial["choices"]), 2)
+        self.assertEqual(client.stream("x", n=2).completion().text, "a")
+
+    def test_the_ways_to_stop_too_early(self):
+        datas = [delta("a"), delta("b")]
+        for end, framing, cause in (
+                ("clean", "close", type(None)), ("clean", "chunked", type(None)),
+                ("short", "length", Exception), ("short", "chunked", Exception),
+                ("reset", "chunked", OSError), ("stall", "chunked", OSError)):
+            client = self.client_of(sse(*datas, done=False, framing=framing, end=end),
+                                    timeout=0.3)
+            for read in (list, nemotron.Stream.completion, lambda s: list(s.chunks())):
+                with self.subTest(end, framing=framing, read=read):
+                    stream = client.stream("x")
+                    with self.assertRaises(nemotron.IncompleteReplyError) as caught:
+                        read(stream)
+                    error = caught.exception
+                    self.assertEqual(error.partial.text, "ab")
+                    self.assertIsInstance(error.__cause__, cause)
+                    for again in (list, nemotron.Stream.completion):
+                        with self.assertRaises(nemotron.IncompleteReplyError):
+                            again(stream)
+
+    def test_what_follows_the_end_cannot_spoil_it(self):
+        for end in ("clean", "short", "reset", "stall"):
+            for datas in ([delta("a"), END], [delta("a", "stop", usage=USAGE)]):
+                client = self.client_of(
+                    sse(*datas, done=False, end=end), timeout=0.3)
+                with self.subTest(end, datas=datas):
+                    self.assertEqual(client.stream("x").completion().text, "a")
+
+    def test_a_whole_reply_with_usage_waits_for_nothing(self):
+        client = self.client_of(sse(delta("a", "stop", usage=USAGE), done=False,
+                                    end="stall"), timeout=30)
+        began = threading.Timer(20, lambda: None)  # far below the server's patience
+        began.start()
+        self.assertEqual(client.stream("x").completion().usage, USAGE)
+        self.assertTrue(began.is_alive())
+        began.cancel()
+
+    def test_cut_at_every_place(self):
+        raw = b"".join(sse(delta("a"), END).pieces)
+        ended = raw.index(b"stop") + len('stop"}]}')
+        server = self.serve(lambda request: answer(
+            raw[: int(request.json["user"])], framing="close"))
+        client = server.client()
+        for place in range(0, len(raw), 3):
+            with self.subTest(place):
+                if place < ended:
+                    with self.assertRaises(nemotron.IncompleteReplyError):
+                        client.stream("x", user=str(place)).completion()
+                else:
+                    whole = client.stream("x", user=str(place)).completion()
+                    self.assertEqual(whole.text, "a")
+
+    def test_errors_inside(self):
+        for name, (datas, words) in BROKEN.items():
+            client = self.client_of(sse(*datas))
+            with self.subTest(name), self.assertRaises(nemotron.ReplyError) as caught:
+                list(client.stream("x"))
+            self.assertNotIsInstance(caught.exception, nemotron.IncompleteReplyError)
+            self.assertIn(words, str(caught.exception))
+            expected = "" if "beside" in name else "a"
+            self.assertEqual(caught.exception.partial.text, expected)
+        for name, raw, words in (
+                ("event: error", b"event: error\ndata: Boom\n\n", "Boom"),
+                ("torn", b"event: error\ndata: Boom", "Boom"),
+                ("with JSON", b'event: error\ndata: {"message": "Boom"}\n\n', "Boom"),
+                ("[DONE] alone", b"data: [DONE]\n\n", "no reply in it"),
+                ("plain error", b'{"error": {"message": "Boom"}}', "Boom"),
+                ("HTML", b"<html><title>Bad &amp; gone</title></html>", "Bad & gone"),
+                ("no choices", b'{"choices": []}', "no reply in it")):
+            client = self.client_of(answer(raw))
+            with self.subTest(name), self.assertRaises(nemotron.ReplyError) as caught:
+                client.stream("x").completion()
+            self.assertNotIsInstance(caught.exception, nemotron.IncompleteReplyError)
+            self.assertIn(words, str(caught.exception))
+
+    def test_an_endless_event_and_a_compressed_stream(self):
+        big = self.client_of(answer(b"data: " + b"x" * (17 << 20), framing="close"))
+        with self.assertRaisesRegex(nemotron.ReplyError, "over 16 MiB"):
+            list(big.stream("x"))
+        zipped = self.client_of(answer(b"\x1f\x8b", headers={"Content-Encoding": "gzip"}))
+        for call in (zipped.stream, zipped.chat):
+            with self.assertRaisesRegex(nemotron.ReplyError, "compressed .gzip."):
+                call("x")
+
+    def test_each_piece_comes_at_once(self):
+        client = self.client_of(sse(delta("a"), done=False, end="stall"))
+        with client.stream("x") as stream:
+            self.assertEqual(next(stream), "a")  # while the server is silent
+
+    def test_close_and_mixed_reading(self):
+        client = self.client_of(sse(delta("a"), delta("b"), delta("c"), END))
+        with client.stream("x") as stream:
+            self.assertEqual(next(stream), "a")
+            self.assertEqual(next(stream.chunks()).text, "b")
+            for text in stream:
+                self.assertEqual(text, "c")
+                break
+            self.assertEqual(stream.completion().text, "abc")
+        with client.stream("x") as stream:
+            next(stream)
+        self.assertEqual(list(stream), [])
+        with self.assertRaisesRegex(nemotron.IncompleteReplyError, "closed here") as caught:
+            stream.completion()
+        self.assertEqual(caught.exception.partial.text, "a")
+
+    def test_the_status_is_checked_before_the_stream_is_there(self):
+        client = self.client_of(answer("no", status=400))
+        with self.assertRaises(nemotron.APIStatusError):
+            client.stream("x")
+
+
+def reply_of(one):
+    return answer(json.dumps(one))
+
+
+# ------------------------------------------------------------------- Faults and retries
+
+# (body, the server's own words in the error), as they are seen in the wild.
+ERROR_BODIES = (
+    ({"detail": {"error": "Not authenticated"}}, "Not authenticated"),
+    ({"error": {"message": "Model busy, retry later"}}, "Model busy, retry later"),
+    ({"error": {"message": "No such model", "type": "t", "param": None, "code": 404}},
+     "No such model"),
+    ({"error": "just text"}, "just text"),
+    ({"detail": "some detail"}, "some detail"),
+    ({"detail": [{"loc": ["body", "top_p"], "msg": "too high", "type": "x"},
+                 {"loc": ["body"], "msg": "bad", "type": "y"}]},
+     "body.top_p: too high; body: bad"),
+    ({"object": "error", "message": "from vLLM"}, "from vLLM"),
+    ({"title": "Gone", "status": 410, "detail": "retired in May"}, "retired in May"),
+    ({"error": 429, "message": "numbers do not talk"}, "numbers do not talk"),
+    ("Rate limited", "Rate limited"),
+    ("<html><head><title>502 Bad\nGateway</title></head>", "502 Bad Gateway"),
+    ("<html><body>no title", "Words"),
+    ("", "Words"),
+    ("[" * 100000, "[[["),
+    (b"\xff\xfe", "\ufffd"),
+    ('{"error": ' * 500 + "1" + "}" * 500, "Words"),
+    ([1, {"error": None}], "Words"),
+)
+STATUS_CLASSES = {400: "APIStatusError", 401: "AuthenticationError",
+                  402: "AuthenticationError", 403: "AuthenticationError",
+                  404: "APIStatusError", 410: "APIStatusError", 422: "APIStatusError",
+                  429: "RateLimitError", 500: "APIStatusError", 502: "APIStatusError",
+                  503: "RateLimitError", 204: "APIStatusError", 103: "APIStatusError"}
+
+
+class FaultTests(Case):
+    def test_error_bodies(self):
+        for body, words in ERROR_BODIES:
+            raw = body if isinstance(body, (str, bytes)) else json.dumps(body)
+            client = self.serve(answer(raw, status=400)).client()
+            with self.subTest(words), self.assertRaises(nemotron.APIStatusError) as caught:
+                client.chat("x")
+            self.assertIn(words, str(caught.exception))
+            self.assertIn("HTTP 400", str(caught.exception))
+            self.assertNotIn("\n", str(caught.exception))
+            self.assertLessEqual(len(str(caught.exception)), 300)
+
+    def test_status_classes(self):
+        for status, name in STATUS_CLASSES.items():
+            server = self.serve(answer('{"error": "x"}', status=status, headers={
+                "x-request-id": "r1", "Retry-After": "7"}))
+            client = server.client(retries=0)
+            for call in (client.chat, client.stream):
+                with self.subTest(status), self.assertRaises(nemotron.NemotronError) as caught:
+                    call("x")
+                error = caught.exception
+                self.assertEqual(type(error).__name__, name)
+                self.assertEqual((error.status_code, error.request_id, error.retry_after),
+                                 (status, "r1", 7.0))
+                if status not in (103, 204):  # these have no body
+                    self.assertEqual(error.body, {"error": "x"})
+
+    def test_over_the_context(self):
+        for status, words in ((400, "This model's maximum context length is 4096 tokens"),
+                              (500, "Requested input length 5000 exceeds 4096")):
+            client = self.serve(answer(words, status=status)).client(retries=0)
+            with self.subTest(status), self.assertRaisesRegex(
+                    nemotron.APIStatusError, "shorten the messages.*4096"):
+                client.chat("x")
+
+    @quiet
+    def test_retries_and_then_success(self):
+        for status in (408, 409, 429, 500, 502, 503, 504, None):
+            bad = status and answer("busy", status=status)
+            server = self.serve(bad, bad, reply())
+            client = server.client()
+            with self.subTest(status):
+                self.assertEqual(client.chat("x").text, "ok")
+                self.assertEqual(len(server.requests), 3)
+                first, second = client.slept
+                self.assertTrue(0.375 <= first <= 0.5 and 0.75 <= second <= 1, client.slept)
+        self.assertEqual(len(self.logged.output), 8 * 2 + 1)
+        self.assertIn("retry 1 of 2 in", self.logged.output[1])
+
+    @quiet
+    def test_retries_come_to_an_end(self):
+        server = self.serve(answer("busy", status=503))
+        client = server.client(retries=7)
+        with self.assertRaises(nemotron.RateLimitError):
+            client.chat("x")
+        self.assertEqual(len(server.requests), 8)
+        for wait, most in zip(client.slept, (0.5, 1, 2, 4, 8, 8, 8)):
+            self.assertTrue(0.75 * most <= wait <= most, client.slept)
+
+    def test_no_retry_for_other_statuses(self):
+        for status in (400, 401, 402, 403, 404, 410, 422, 501, 302):
+            server = self.serve(answer("no", status=status), reply())
+            with self.subTest(status), self.assertRaises(nemotron.APIStatusError):
+                server.client().chat("x")
+            self.assertEqual(len(server.requests), 1)
+
+    @quiet
+    def test_retry_after(self):
+        def date(seconds):
+            return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + seconds))
+
+        for headers, low, high in (
+                ({"Retry-After": "7"}, 7, 7), ({"Retry-After": "0.5"}, 0.5, 0.5),
+                ({"Retry-After": date(30)}, 28, 30), ({"Retry-After": date(-30)}, 0, 0),
+                ({"Retry-After": "-5"}, 0, 0), ({"Retry-After": "120"}, 120, 120),
+                ({"retry-after-ms": "250", "Retry-After": "9"}, 0.25, 0.25),
+                ({"Retry-After": "soon"}, 0.375, 0.5), ({"Retry-After": "nan"}, 0.375, 0.5)):
+            for status in (429, 503):
+                server = self.serve(answer("busy", status=status, headers=headers), reply())
+                client = server.client()
+                with self.subTest(headers):
+                    self.assertEqual(client.chat("x").text, "ok")
+                    wait, = client.slept
+                    self.assertTrue(low <= wait <= high, wait)
+        for headers in ({"Retry-After": "121"}, {"Retry-After": date(500)},
+                        {"Retry-After": "inf"}):
+            server = self.serve(answer("busy", status=429, headers=headers), reply())
+            client = server.client()
+            with self.subTest(headers), self.assertRaises(nemotron.RateLimitError):
+                client.chat("x")
+            self.assertEqual((client.slept, len(server.requests)), ([], 1))
+
+    @quiet
+    def test_a_blocking_call_is_retried_until_its_body_is_read(self):
+        whole = json.dumps(completion())
+        for end in ("short", "reset", "stall"):
+            server = self.serve(answer(whole[:50], end=end, framing="chunked"),
+                                answer(whole[:50], end=end), reply())
+            with self.subTest(end):
+                self.assertEqual(server.client(timeout=0.3).chat("x").text, "ok")
+        server = self.serve(answer(whole[:50], end="short"))
+        with self.assertRaises(nemotron.APIConnectionError):
+            server.client().chat("x")
+        self.assertEqual(len(server.requests), 3)
+
+    def test_a_stream_is_not_retried_after_its_200(self):
+        server = self.serve(sse(delta("a"), done=False, end="reset"), sse(delta("b"), END))
+        with self.assertRaises(nemotron.IncompleteReplyError):
+            server.client().stream("x").completion()
+        self.assertEqual(len(server.requests), 1)
+
+    def test_not_an_answer(self):
+        for name, text in (("HTML", "<title>Login</title>"), ("empty", ""), ("text", "ok"),
+                           ("list", "[]"), ("no choices", '{"choices": []}'), ("{}", "{}"),
+                           ("error", '{"error": {"message": "Boom"}}'), ("deep", "[" * 10**5),
+                           ("null", '{"choices": null}'), ("number", "1" * 6000)):
+            server = self.serve(answer(text))
+            with self.subTest(name), self.assertRaises(nemotron.ReplyError) as caught:
+                server.client().chat("x")
+            self.assertEqual(len(server.requests), 1)
+            self.assertEqual(caught.exception.partial, {})
+            self.assertLessEqual(len(str(caught.exception)), 300)
+
+    def test_a_reply_over_64_mib(self):
+        server = self.serve(answer(*[b" " * (1 << 20)] * 65, framing="close"))
+        with self.assertRaisesRegex(nemotron.ReplyError, "64 MiB"):
+            server.client().chat("x")
+
+    def test_redirects_are_errors(self):
+        other = self.serve(reply())
+        for status in (301, 302, 303, 307, 308):
+            server = self.serve(answer("", status=status, headers={"Location": other.url}))
+            for call in (server.client().chat, server.client().stream):
+                with self.subTest(status), self.assertRaisesRegex(
+                        nemotron.APIStatusError, "redirects are not followed"):
+                    call("x")
+        self.assertEqual(other.requests, [])
+
+    @quiet
+    def test_timeout(self):
+        server = self.serve(answer(end="stall", framing="close"))
+        for call in ("chat", "stream"):
+            client = server.client(timeout=0.2, retries=1)
+            if call == "stream":  # its 200 has come
+                with self.assertRaises(nemotron.IncompleteReplyError):
+                    client.stream("x").completion()
+                continue
+            with self.assertRaises(nemotron.APITimeoutError):
+                client.chat("x")
+            self.assertEqual(len(client.slept), 1)
+        mute = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(mute.close)
+        client = nemotron.Client(base_url=f"http://127.0.0.1:{mute.getsockname()[1]}",
+                                 timeout=0.2, retries=0)
+        for call in (client.chat, client.stream):
+            with self.assertRaises(nemotron.APITimeoutError):
+                call("x")
+
+    @quiet
+    def test_nobody_there(self):
+        with socket.create_server(("127.0.0.1", 0)) as gone:
+            port = gone.getsockname()[1]
+        client = nemotron.Client(base_url=f"http://127.0.0.1:{port}", retries=2)
+        client._sleep = lambda seconds: None
+        with self.assertRaises(nemotron.APIConnectionError) as caught:
+            client.chat("x")
+        self.assertIsInstance(caught.exception.__cause__, ConnectionRefusedError)
+        self.assertEqual(len(self.logged.output), 3)
+
+    def test_no_retry_for_a_host_that_does_not_exist_or_a_bad_certificate(self):
+        class Verification(OSError):
+            verify_message = "self-signed"
+
+        for cause, again in ((socket.gaierror(socket.EAI_NONAME, "x"), False),
+                             (socket.gaierror(socket.EAI_AGAIN, "x"), True),
+                             (Verification(1, "x"), False), (OSError(1, "x"), True)):
+            with self.subTest(cause):
+                error = nemotron.connection_error(cause, "host")
+                error.__cause__ = cause
+                self.assertEqual(nemotron.may_pass(error), again)
+
+    def deadline_client(self, server, deadline, **settings):
+        """A client for which each look at the clock is one second later."""
+        client = server.client(deadline=deadline, **settings)
+        client._clock = itertools.count().__next__
+        return client
+
+    @quiet
+    def test_deadline(self):
+        drip = answer(*[b" "] * 50, framing="chunked", end="stall")
+        with self.assertRaisesRegex(nemotron.APITimeoutError, "deadline of 9 s"):
+            self.deadline_client(self.serve(drip), 9).chat("x")
+        drip = sse(*[delta("a")] * 50, done=False, end="stall")
+        with self.assertRaises(nemotron.IncompleteReplyError) as caught:
+            self.deadline_client(self.serve(drip), 9).stream("x").completion()
+        self.assertTrue(1 < len(caught.exception.partial.text) < 9)
+        self.assertIn("deadline of 9 s", str(caught.exception))
+        server = self.serve(answer("busy", status=429, headers={"Retry-After": "20"}))
+        client = self.deadline_client(server, 15)
+        with self.assertRaises(nemotron.RateLimitError):
+            client.chat("x")
+        self.assertEqual((client.slept, len(server.requests)), ([], 1))
+
+    def test_deadline_bounds_the_silence_of_an_attempt(self):
+        server = self.serve(answer(end="stall", framing="close"))
+        client = server.client(timeout=600, deadline=0.3)
+        with self.assertRaises(nemotron.APITimeoutError):
+            client.chat("x")
+
+
+# ----------------------------------------------------------------------------- Settings
+
+
+class SettingsTests(Case):
+    def test_bad_settings(self):
+        for setting in (
+                {"timeout": 0}, {"timeout": -1}, {"timeout": "5"}, {"timeout": True},
+                {"timeout": float("inf")}, {"deadline": 0}, {"retries": -1},
+                {"retries": 1.5}, {"model": 5}, {"token": 5}, {"token": b"x"},
+                {"base_url": 5}, {"base_url": "api.example.com"}, {"base_url": "ftp://x/v1"},
+                {"base_url": "file:///etc/passwd"}, {"base_url": "http://example.com/v1"},
+                {"base_url": "http://127.0.0.1.example.com"}, {"base_url": "https://"},
+                {"base_url": "http://localhost.example.com"}, {"base_url": "https://a b/"},
+                {"base_url": "https://user:secret@x/"}, {"base_url": "https://x/?a=b"},
+                {"base_url": "https://x/#a"}, {"base_url": "https://x:port/"},
+                {"base_url": "https://x\r\n/"}, {"base_url": "http://10.0.0.1/"}):
+            with self.subTest(setting):
+                words = self.refused(nemotron.Client, **setting)
+                self.assertNotIn("secret", words)
+        for url in ("https://x", "https://x/v1/", "http://localhost:1", "http://127.9.9.9",
+                    "http://[::1]:8/v1", "HTTPS://X/v1"):
+            with self.subTest(url):
+                nemotron.Client(base_url=url)
+
+    def test_environment(self):
+        client = nemotron.Client()
+        self.assertEqual((client.base_url, client.model, client.timeout),
+                         (nemotron.BASE_URL, nemotron.MODEL, 600))
+        server = self.serve(reply())
+        self.setenv(DEEPINFRA_BASE_URL=server.url, NEMOTRON_MODEL="env-model",
+                    DEEPINFRA_TOKEN=" ", DEEPINFRA_API_KEY="\tkey \n",
+                    DEEPINFRA_API_TOKEN="other")
+        self.assertEqual(nemotron.chat("x").text, "ok")
+        request, = server.requests
+        self.assertEqual(request.headers["authorization"], "Bearer key")
+        self.assertEqual(request.json["model"], "env-model")
+        nemotron.Client(token="given", model="given").chat("x", model="of the call")
+        self.assertEqual(server.requests[1].headers["authorization"], "Bearer given")
+        self.assertEqual(server.requests[1].json["model"], "of the call")
+        self.setenv(DEEPINFRA_BASE_URL="nonsense")
+        self.refused(nemotron.Client)
+
+    def test_no_token(self):
+        with self.assertRaises(nemotron.AuthenticationError) as caught:
+            nemotron.chat("x")
+        self.assertIsNone(caught.exception.status_code)
+        server = self.serve(reply())
+        self.assertEqual(nemotron.Client(base_url=server.url).chat("x").text, "ok")
+        self.assertNotIn("authorization", server.requests[0].headers)
+
+    def test_bad_tokens_are_neither_sent_nor_shown(self):
+        server = self.serve(reply())
+        for token in ("se\rcret", "se\ncret", "se\r\ncret", "se\0cret", "se\u00e9cret",
+                      "se\x7fcret", "se\tcret", "\u2028secr\u2028et"):
+            client = server.client(token=token)
+            for call in (client.chat, client.stream, lambda x: client.batch([x])):
+                with self.subTest(token), self.assertRaises(
+                        nemotron.AuthenticationError) as caught:
+                    call("x")
+                self.assertNotIn("cret", repr(caught.exception))
+        self.assertEqual(server.requests, [])
+
+    @quiet
+    def test_the_token_is_in_no_diagnostic(self):
+        long = TOKEN * 30
+        for token in (TOKEN, long, "shrt"):
+            for name, what in (
+                    ("body", answer(json.dumps({"error": f"bad key {token}"}), status=401)),
+                    ("text", answer(f"{'x' * 280} {token}", status=500)),
+                    ("clipped", answer(f"{token} " * 50 + token, status=500)),
+                    ("not JSON", answer(f"your {token}!")),
+                    ("error", answer(json.dumps({"error": token}))),
+                    ("encoding", answer("x", headers={"Content-Encoding": token})),
+                    ("location", answer("", status=302, headers={"Location": token})),
+                    ("status line", answer("", status=f"x {token}")),
+                    ("stream", sse(delta("a"), {"error": token})),
+                    ("stream not JSON", sse(f"{{ {token}"))):
+                client = self.serve(what).client(token=token)
+                for call in (lambda: client.chat("x"), lambda: list(client.stream("x"))):
+                    with self.subTest(name), self.assertRaises(
+                            nemotron.NemotronError) as caught:
+                        call()
+                    error = caught.exception
+                    while error is not None:
+                        for shown in (str(error), repr(error), repr(error.args),
+                                      str(getattr(error, "body", ""))):
+                            self.assertNotIn(token[:10], shown)
+                        error = error.__cause__
+        self.assertNotIn(TOKEN[:10], "".join(self.logged.output))
+        self.assertNotIn(TOKEN, repr(nemotron.Client(token=TOKEN)))
+
+    def test_a_short_token_spoils_no_words(self):
+        client = self.serve(answer("next exit: x", status=400)).client(token="x")
+        with self.assertRaisesRegex(nemotron.APIStatusError, r"next exit: \[token\]"):
+            client.chat("x")
+
+    def test_proxies(self):
+        proxy, server = self.serve(answer("", status=407)), self.serve(reply())
+        address = f"http://127.0.0.1:{proxy.port}"
+        self.setenv(http_proxy=address, https_proxy=address, ALL_PROXY=address)
+        self.assertEqual(server.client().chat("x").text, "ok")
+        self.assertEqual(proxy.requests, [])
+        client = nemotron.Client(token=TOKEN, base_url="https://x.invalid/v1", retries=0)
+        with self.assertRaisesRegex(nemotron.APIConnectionError, "407"):
+            client.chat("x")
+        request, = proxy.requests
+        self.assertEqual((request.method, request.path), ("CONNECT", "x.invalid:443"))
+        self.assertNotIn("authorization", request.headers)
+        self.setenv(https_proxy="socks5://127.0.0.1:1")
+        client = nemotron.Client(token=TOKEN, base_url="https://x.invalid/v1")
+        with self.assertRaisesRegex(nemotron.APIConnectionError, "SOCKS"):
+            client.chat("x")
+
+    def test_one_opener_for_the_life_of_a_client(self):
+        server = self.serve(reply())
+        client = server.client()
+        self.assertIsNone(client._opener)
+        client.chat("x")
+        first = client._opener
+        threads = [threading.Thread(target=client.chat, args=("x",)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertIs(client._opener, first)
+        self.assertEqual(len(server.requests), 9)
+
+    def test_without_ssl(self):
+        code = ("import sys; sys.modules['ssl'] = sys.modules['_ssl'] = None; import nemotron;"
+                "sys.exit(nemotron.main(['-n', *sys.argv[1:]]))")
+
+        def run(*args):
+            return subprocess.run([sys.executable, "-c", code, *args], cwd=HERE, timeout=60,
+                                  env=environment(DEEPINFRA_TOKEN="x"), capture_output=True)
+
+        done = run("x")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn(b"without the ssl module", done.stderr)
+        self.assertEqual(run("--offline", "x").stdout, b"x\n")
+
+
+class OfflineTests(Case):
+    def test_blocking_and_streamed(self):
+        self.setenv(DEEPINFRA_TOKEN="x\ny", DEEPINFRA_BASE_URL="nonsense")
+        with nemotron.offline() as client:
+            for text in ("Hello!", "two  words\n and more\n", " ", "", "\u20ac </s> x", "</s>"):
+                with self.subTest(text):
+                    messages = [SYSTEM, USER, ASSISTANT, {"role": "user", "content": text}]
+                    whole = client.chat(messages)
+                    self.assertEqual(whole.text, text)
+                    self.assertEqual(whole.finish_reason, "stop")
+                    self.assertEqual(whole.usage["total_tokens"],
+                                     whole.usage["prompt_tokens"]
+                                     + whole.usage["completion_tokens"])
+                    streamed = client.stream(messages).completion()
+                    self.assertEqual(streamed.text, text)
+                    for volatile in ("id", "created"):
+                        del whole[volatile], streamed[volatile]
+                    self.assertEqual(streamed, whole)
+            self.assertEqual(len(client.chat("x", n=3)["choices"]), 3)
+            self.assertEqual(len(client.stream("x", n=3).completion()["choices"]), 3)
+            rows = list(client.batch(["a", "b"]))
+            self.assertEqual({row["custom_id"] for row in rows}, {"line-1", "line-2"})
