@@ -1520,7 +1520,11 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
     add("--offline", action="store_true",
         help="talk to a server in this process, which sends the prompt back")
     add("--version", action="version", version=__version__)
-    return parser.parse_intermixed_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)  # after it, all are words
+    options = parser.parse_intermixed_args(argv[:end])
+    options.words += argv[end + 1 :]
+    return options
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -1735,7 +1739,9 @@ class Rows:
                 if row["error"] is None:
                     reply = Completion(step(row, "response", "body") or {})
                     self.answered[str(row["custom_id"])] = not reply.cut
-                self._write(b"" if whole else b"\n")
+                if not whole:  # all of it but its end was written
+                    self._write(b"\n")
+                    break
             elif whole or not torn:
                 raise InvalidRequestError(f"{self._path}: line {number} is no row")
             else:
@@ -1758,7 +1764,7 @@ class Tally:
 
     def __init__(self, total: int, live: bool) -> None:
         self._total, self._live = total, live
-        self._began = self._shown = time.monotonic()
+        self._began, self._shown = time.monotonic(), 0.0
         self.sent = self.failed = self.cut = self.before = self.unpriced = 0
         self.cost = 0.0
         self.stopped = False  # by --max-cost

@@ -126,11 +126,16 @@ class Server:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with connection.makefile("rb") as file:
                 line = file.readline().decode().strip()
+                if not line:
+                    return
                 headers = []
                 while header := file.readline().decode().strip():
                     headers.append(header.split(": ", 1))
                 length = int(dict(headers).get("Content-Length", 0))
-                request = Request(line, headers, file.read(length))
+                body = file.read(length)
+                if len(body) < length:  # the client is gone
+                    return
+                request = Request(line, headers, body)
             with self._lock:
                 number = len(self.requests)
                 self.requests.append(request)
@@ -1288,3 +1293,855 @@ class OfflineTests(Case):
             self.assertEqual(len(client.stream("x", n=3).completion()["choices"]), 3)
             rows = list(client.batch(["a", "b"]))
             self.assertEqual({row["custom_id"] for row in rows}, {"line-1", "line-2"})
+
+
+# ------------------------------------------------------------------------------- Batch
+
+
+def echo_custom(request):
+    """Answers with the last message, at a cost of 0.25."""
+    return reply(request.json["messages"][-1]["content"])
+
+
+class BatchTests(Case):
+    def test_rows(self):
+        server = self.serve(lambda request: {
+            "bad": answer('{"error": "no"}', status=422, headers={"x-request-id": "r"}),
+            "html": answer("<title>x</title>"), "cut": answer("{", end="short"),
+        }.get(request.json["messages"][-1]["content"]) or echo_custom(request))
+        requests = ["a", {"custom_id": "b", "prompt": "B"}, 5, {"prompt": "c", "top_p": 0},
+                    {"custom_id": "b", "prompt": "again"}, "bad", "html", "cut",
+                    {"custom_id": "line-10", "prompt": "taken"}, "j"]
+        rows = {}
+        for row in server.client(retries=0).batch(iter(requests), jobs=3):
+            self.assertEqual(set(row), {"id", "custom_id", "response", "error"})
+            rows.setdefault(row["custom_id"], []).append(row)
+        self.assertEqual(sum(map(len, rows.values())), len(requests))
+        codes = {name: sorted((row["error"] or {}).get("code", "") for row in group)
+                 for name, group in rows.items()}
+        self.assertEqual(codes, {
+            "line-1": [""], "b": ["", "duplicate_custom_id"], "line-3": ["invalid_request"],
+            "line-4": ["invalid_request"], "line-6": ["api_status"], "line-7": ["reply"],
+            "line-8": ["connection"], "line-10": ["", "duplicate_custom_id"]})
+        self.assertEqual(rows["line-1"][0]["response"]["body"], completion("a"))
+        self.assertEqual(rows["line-6"][0]["response"], {
+            "status_code": 422, "request_id": "r", "body": {"error": "no"}})
+        self.assertEqual(rows["line-7"][0]["response"]["status_code"], 200)
+        self.assertIsNone(rows["line-8"][0]["response"])
+        self.assertIsNone(rows["line-3"][0]["response"])
+        self.assertEqual(len({row["id"] for group in rows.values() for row in group}), 10)
+
+    def test_lazy_and_at_most_jobs_in_flight(self):
+        server, taken = self.serve(echo_custom), []
+
+        def endless():
+            for number in itertools.count():
+                taken.append(number)
+                yield str(number)
+
+        rows = server.client().batch(endless(), jobs=5)
+        self.assertEqual(taken, [])
+        for _ in range(40):
+            next(rows)
+            self.assertLessEqual(len(taken), 40 + 5)
+        rows.close()
+        while server.flying:  # what was in flight is answered, and nobody minds
+            time.sleep(0.01)
+        self.assertLessEqual(server.most, 5)
+        self.assertLessEqual(len(server.requests), 45)
+
+    def test_rows_come_while_the_source_is_slow(self):
+        server, go = self.serve(echo_custom), threading.Event()
+        self.addCleanup(go.set)
+
+        def slow():
+            yield "a"
+            yield "b"
+            go.wait(30)
+            yield "c"
+
+        rows = server.client().batch(slow(), jobs=4)
+        first = {next(rows)["custom_id"], next(rows)["custom_id"]}
+        self.assertEqual(first, {"line-1", "line-2"})
+        self.assertFalse(go.is_set())
+        go.set()
+        self.assertEqual([row["custom_id"] for row in rows], ["line-3"])
+
+    def test_what_the_source_raises_comes_after_the_rows(self):
+        def broken():
+            yield "a"
+            yield "b"
+            raise LookupError("of the caller")
+
+        rows, names = self.serve(echo_custom).client().batch(broken(), jobs=2), set()
+        with self.assertRaisesRegex(LookupError, "of the caller"):
+            for row in rows:
+                names.add(row["custom_id"])
+        self.assertEqual(names, {"line-1", "line-2"})
+
+    @quiet
+    def test_a_named_wait_holds_back_all_workers(self):
+        held, clock = threading.Event(), [0.0]
+
+        def busy(request):
+            if not held.is_set():
+                held.set()
+                return answer("busy", status=429, headers={"Retry-After": "60"})
+            return echo_custom(request)
+
+        server = self.serve(busy)
+        client = server.client()
+        client._clock = lambda: clock[0]
+        batch = nemotron.Batch(client, enumerate(map(str, range(50)), 1), 4, {})
+        batch._halt.wait = lambda seconds: (
+            waits.append(seconds), clock.__setitem__(0, clock[0] + seconds))[0]
+        waits = []
+        rows = list(batch.rows())
+        self.assertEqual([row["error"] for row in rows], [None] * 50)
+        self.assertIn(60.0, waits)
+        self.assertGreaterEqual(clock[0], 60)
+        self.assertEqual(len(server.requests), 51)
+
+    def test_a_refused_token_ends_the_batch_and_loses_no_row(self):
+        full, refused = threading.Semaphore(0), threading.Event()
+
+        def refuse(request):
+            if request.json["messages"][0]["content"] != "1":
+                full.release()
+                refused.wait(30)
+                return echo_custom(request)
+            for _ in range(3):
+                full.acquire(timeout=30)
+            refused.set()
+            return answer('{"detail": "no"}', status=401)
+
+        server, rows = self.serve(refuse), []
+        source = map(str, itertools.count())
+        with self.assertRaises(nemotron.AuthenticationError) as caught:
+            for row in server.client().batch(source, jobs=4):
+                rows.append(row)
+        self.assertEqual(caught.exception.status_code, 401)
+        self.assertEqual(len(rows), len(server.requests))
+        self.assertEqual([row["error"]["code"] for row in rows if row["error"]],
+                         ["authentication"])
+
+    def test_a_blocked_source_does_not_hold_up_the_end(self):
+        never = threading.Event()
+        self.addCleanup(never.set)
+
+        def source():
+            yield "a"
+            never.wait(60)
+
+        server = self.serve(answer("no", status=403))
+        with self.assertRaises(nemotron.AuthenticationError):
+            list(server.client().batch(source(), jobs=3))
+        self.assertFalse(never.is_set())
+
+    def test_jobs_and_token_are_checked_at_once(self):
+        for jobs in (0, 201, 1.0, True, "8"):
+            with self.subTest(jobs):
+                self.refused(nemotron.Client(token="x").batch, ["a"], jobs=jobs)
+        with self.assertRaises(nemotron.AuthenticationError):
+            nemotron.batch(["a"])
+        self.assertEqual(list(self.serve(reply()).client().batch([], jobs=200)), [])
+
+    @quiet
+    def test_six_retries(self):
+        server = self.serve(answer("busy", status=500))
+        client = server.client()
+        batch = nemotron.Batch(client, [(1, "a")], 1, {})
+        batch._wait = lambda seconds, failure=None: None
+        row, = batch.rows()
+        self.assertEqual((row["error"]["code"], len(server.requests)), ("api_status", 7))
+        self.assertEqual(row["response"]["status_code"], 500)
+
+
+class BatchProgramTests(Case):
+    def setUp(self):
+        super().setUp()
+        self.rows = self.folder / "rows.jsonl"
+        self.requests = self.folder / "requests.jsonl"
+
+    def write(self, *requests):
+        lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in requests]
+        self.requests.write_bytes(b"\n".join(lines) + b"\n")
+
+    def run_batch(self, server, *args, **kwargs):
+        kwargs.setdefault("env", {"DEEPINFRA_TOKEN": TOKEN})
+        return program("--batch", self.requests, "--base-url", server.url, *args, **kwargs)
+
+    def read(self):
+        return [json.loads(line) for line in self.rows.read_bytes().splitlines()]
+
+    def test_lines(self):
+        server = self.serve(echo_custom)
+        self.write(b"\xef\xbb\xbf" + b'"one"', b"", b"{oops", b"[1]", b'"\xff"', b"  ",
+                   {"prompt": "two", "temperature": 1}, b'{"custom_id": "x"}\r',
+                   {"custom_id": "x", "prompt": "three"}, b'{"prompt": "n", "y": NaN}')
+        status, out, err = self.run_batch(server, "-s", "S", "-m", "M", "--temperature",
+                                          "0.5", "-o", "z", "5", "-j", "1")
+        self.assertEqual(status, 1)
+        rows = {}
+        for line in out.splitlines():
+            row = json.loads(line)
+            rows.setdefault(row["custom_id"], []).append((row["error"] or {}).get("code"))
+        bad = ["invalid_request"]
+        self.assertEqual(rows, {"line-1": [None], "line-3": bad, "line-4": bad,
+                                "line-5": bad, "line-7": [None], "x": [
+                                    "invalid_request", "duplicate_custom_id"],
+                                "line-10": bad})
+        one, two = (request.json for request in server.requests)
+        self.assertEqual(one, {
+            "model": "M", "temperature": 0.5, "z": 5, "messages": [
+                {"role": "system", "content": "S"}, {"role": "user", "content": "one"}]})
+        self.assertEqual(two["temperature"], 1)
+        self.assertRegex(err, r"^nemotron: 8 done, 6 failed, .*\$0\.5, \d+\.\d s\n$")
+
+    def test_standard_input_and_dry_run(self):
+        server = self.serve(echo_custom)
+        for word in ("a", "b"):
+            status, out, _ = program("--dry-run", "-n", "--seed", "5", word)
+            self.assertEqual((status, json.loads(out)["stream"]), (0, True))
+            with self.requests.open("a") as file:
+                file.write(out)
+        status, out, err = program("--batch", "-", "--base-url", server.url,
+                                   stdin=self.requests.read_bytes())
+        self.assertEqual(status, 0, err)
+        self.assertEqual({json.loads(line)["response"]["body"]["choices"][0]["message"][
+            "content"] for line in out.splitlines()}, {"a", "b"})
+        self.assertNotIn("stream", server.requests[0].json)
+
+    def test_checkpoint(self):
+        self.write(*({"custom_id": str(i), "prompt": str(i)} for i in range(6)))
+        sick = {"2", "4"}
+        server = self.serve(lambda request: (
+            answer("no", status=400) if request.json["messages"][0]["content"] in sick
+            else echo_custom(request)))
+        status, out, err = self.run_batch(server, "--output", self.rows)
+        self.assertEqual((status, out), (1, ""))
+        self.assertEqual(len(self.read()), 6)
+        sick.clear()
+        whole = self.rows.read_bytes()
+        self.rows.write_bytes(whole + whole.splitlines()[0][:-20])  # torn
+        server.requests.clear()
+        status, _, err = self.run_batch(server, "--output", self.rows)
+        self.assertEqual(status, 0, err)
+        self.assertIn("4 of them before", err)
+        self.assertEqual({r.json["messages"][0]["content"] for r in server.requests},
+                         {"2", "4"})
+        self.assertTrue(self.rows.read_bytes().startswith(whole))
+        answered = sorted(row["custom_id"] for row in self.read() if not row["error"])
+        self.assertEqual(answered, list("012345"))
+        server.requests.clear()
+        self.assertEqual(self.run_batch(server, "--output", self.rows)[0], 0)
+        self.assertEqual(server.requests, [])
+
+    def test_torn_ends(self):
+        self.write({"custom_id": "a", "prompt": "x"})
+        row = nemotron.to_json({"id": "batch_req_1", "custom_id": "a", "response": {
+            "status_code": 200, "request_id": None, "body": completion()}, "error": None})
+        for tail, sent in ((b"{", 1), (b'{"id": "batch_req_1', 1), (row[:-1], 1), (row, 0)):
+            server = self.serve(echo_custom)
+            self.rows.write_bytes(tail)
+            with self.subTest(tail):
+                self.assertEqual(self.run_batch(server, "--output", self.rows)[0], 0)
+                self.assertEqual(len(server.requests), sent)
+                self.assertEqual([r["custom_id"] for r in self.read()], ["a"])
+
+    def test_a_file_of_something_else_is_refused_untouched(self):
+        self.write("x")
+        server = self.serve(reply())
+        for text in (b"hello", b"hello\n", b'{"prompt": "x"}\n', b'{"a": 1}', b"\n", b"[]\n",
+                     b'{"id": "other', self.requests.read_bytes()):
+            self.rows.write_bytes(text)
+            with self.subTest(text):
+                status, _, err = self.run_batch(server, "--output", self.rows)
+                self.assertEqual(status, 2)
+                self.assertRegex(err, r"^nemotron: .*rows\.jsonl: line 1 is no row\n$")
+                self.assertEqual(self.rows.read_bytes(), text)
+        self.assertEqual(self.run_batch(server, "--output", self.folder)[0], 2)
+        self.assertEqual(server.requests, [])
+
+    @unittest.skipUnless(POSIX, "kill -9")
+    def test_kill_9_again_and_again(self):
+        count, sent = 60, collections.Counter()
+        lock, steps = threading.Lock(), threading.Semaphore(0)
+        self.write(*({"custom_id": str(i), "prompt": str(i)} for i in range(count)))
+
+        def counted(request):
+            with lock:
+                sent[request.json["messages"][0]["content"]] += 1
+            steps.release()
+            return echo_custom(request)
+
+        server = self.serve(counted)
+        args = [sys.executable, HERE / "nemotron.py", "--batch", self.requests, "-j", "4",
+                "--output", self.rows, "--base-url", server.url]
+        for _ in range(4):
+            process = subprocess.Popen(args, env=environment(), stderr=subprocess.DEVNULL)
+            for _ in range(10):
+                steps.acquire(timeout=30)
+            before = self.rows.read_bytes()
+            process.kill()
+            process.wait()
+            answered = {row["custom_id"] for row in map(
+                read_row, before.splitlines(keepends=True)) if row}
+            with lock:
+                known = {name: sent[name] for name in answered}
+        self.assertEqual(self.run_batch(server, "--output", self.rows)[0], 0)
+        names = [row["custom_id"] for row in self.read()]
+        self.assertEqual(sorted(names, key=int), [str(i) for i in range(count)])
+        self.assertEqual({name: sent[name] for name in known}, known)  # not sent again
+
+    @unittest.skipUnless(POSIX, "flock")
+    def test_two_runs_on_one_file(self):
+        self.write("x")
+        go = threading.Event()
+        self.addCleanup(go.set)
+        server = self.serve(lambda request: (go.wait(30), reply())[1])
+        first = subprocess.Popen(
+            [sys.executable, HERE / "nemotron.py", "--batch", self.requests, "--output",
+             self.rows, "--base-url", server.url], env=environment(),
+            stderr=subprocess.PIPE)
+        while not server.requests:
+            time.sleep(0.01)
+        status, _, err = self.run_batch(server, "--output", self.rows)
+        self.assertEqual(status, 2)
+        self.assertIn("another run is writing to it", err)
+        go.set()
+        first.communicate()
+        self.assertEqual((first.returncode, len(self.read())), (0, 1))
+
+    def test_max_cost(self):
+        self.write(*"abcdefgh")
+        server = self.serve(echo_custom)
+        status, out, err = self.run_batch(server, "--max-cost", "0.75", "-j", "1",
+                                          "--output", self.rows)
+        self.assertEqual((status, len(server.requests)), (3, 3))
+        self.assertIn("3 done", err)
+        self.assertIn("stopped by --max-cost", err)
+        status, _, err = self.run_batch(server, "--output", self.rows, "--max-cost", "1.25")
+        self.assertEqual(status, 0, err)  # the last one reached it, and none is left
+        free = self.serve(answer(json.dumps({"choices": [{"message": {}}]})))
+        status, _, err = self.run_batch(free, "--max-cost", "0.1")
+        self.assertEqual((status, len(free.requests)), (0, 8))
+        self.assertIn("8 replies without a cost", err)
+
+    def test_statuses(self):
+        self.write("a", "b")
+        cut = self.serve(reply("x", "length"))
+        status, _, err = self.run_batch(cut, "--output", self.rows)
+        self.assertEqual(status, 3)
+        self.assertIn("2 cut short", err)
+        self.assertEqual(self.run_batch(cut, "--output", self.rows)[0], 3)
+        self.assertEqual(len(cut.requests), 2)
+        no = self.serve(answer("no", status=402))
+        status, out, err = self.run_batch(no)
+        self.assertEqual(status, 4)
+        self.assertIn("HTTP 402", err)
+        self.assertEqual(len(err.splitlines()), 2)  # the summary, and why
+        for args in (["--jobs", "0"], ["--jobs", "x"], ["--max-cost", "-1"], ["word"],
+                     ["--temperature", "3"], ["-c", "x"], ["-i"], ["--dry-run"]):
+            with self.subTest(args):
+                self.assertEqual(self.run_batch(cut, *args)[0], 2)
+        self.assertEqual(program("--batch", self.folder / "none")[0], 4)  # no token
+        status, _, err = program("--batch", self.folder / "none",
+                                 env={"DEEPINFRA_TOKEN": "x"})
+        self.assertEqual((status, "No such file" in err), (2, True))
+        self.assertEqual(program("-n", "x", "--output", self.rows)[0], 2)
+
+    @unittest.skipUnless(POSIX, "signals")
+    def test_ctrl_c_keeps_the_finished_rows(self):
+        for source in ("file", "-"):
+            gate = threading.Event()
+            self.addCleanup(gate.set)
+            self.write(*"abcdef")
+            self.rows.unlink(missing_ok=True)
+
+            def some(request, gate=gate):
+                if request.json["messages"][0]["content"] > "c":
+                    gate.wait(30)
+                return echo_custom(request)
+
+            server = self.serve(some)
+            process = subprocess.Popen(
+                [sys.executable, HERE / "nemotron.py", "--batch", source if source == "-"
+                 else self.requests, "--output", self.rows, "--base-url", server.url],
+                env=environment(), stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+            process.stdin.write(self.requests.read_bytes())
+            process.stdin.flush()
+            with self.subTest(source):
+                while len(server.requests) < 6 or len(self.rows.read_bytes().splitlines()) < 3:
+                    time.sleep(0.01)
+                process.send_signal(signal.SIGINT)
+                err = process.stderr.read().decode()
+                self.assertEqual(process.wait(30), 130)
+                self.assertEqual({row["custom_id"] for row in self.read()},
+                                 {"line-1", "line-2", "line-3"})
+                self.assertRegex(err, r"^nemotron: 3 done, 0 failed.*\n$")
+                self.assertFalse(gate.is_set())
+            process.stdin.close()
+            process.stderr.close()
+
+    @unittest.skipUnless(POSIX, "pipes")
+    def test_head(self):
+        self.write(*map(str, range(200)))
+        server = self.serve(echo_custom)
+        process = subprocess.Popen(
+            [sys.executable, HERE / "nemotron.py", "--batch", self.requests, "--base-url",
+             server.url], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.readline()
+        process.stdout.close()
+        err = process.stderr.read().decode()
+        process.stderr.close()
+        self.assertEqual(process.wait(30), 141)
+        self.assertRegex(err, r"^nemotron: \d+ done, .*\n$")
+        self.assertLess(len(server.requests), 200)
+
+
+def read_row(line):
+    return json.loads(line) if line.endswith(b"\n") else None
+
+
+# ------------------------------------------------------------------------ Command line
+
+
+class ProgramTests(Case):
+    def setUp(self):
+        super().setUp()
+        self.server = self.serve(echo_custom)
+        self.setenv(DEEPINFRA_BASE_URL=self.server.url)
+        self.env = {"DEEPINFRA_BASE_URL": self.server.url}
+
+    def sent(self, *args, stdin=""):
+        """The body that main() sends, as --dry-run prints it."""
+        status, out, err = main("--dry-run", *args, stdin=stdin)
+        self.assertEqual((status, err), (0, ""))
+        return json.loads(out)
+
+    def prompt(self, *args, stdin=""):
+        return self.sent(*args, stdin=stdin)["messages"][-1]["content"]
+
+    def test_prompt(self):
+        for args, stdin, expected in (
+                (["a", "b"], "", "a b"), (["a"], "text\n\n", "a\n\ntext"),
+                ([], "\ufefftext\r\n", "text"), (["-", "b"], "text", "text\n\nb"),
+                (["a", "-", "b", "c"], "text", "a\n\ntext\n\nb c"),
+                (["-n", "a", "-"], "text", "a -"), (["a", "-s", "x", "b"], "", "a b"),
+                (["--", "-x", "y"], "", "-x y"), (["- a list", "b"], "", "- a list b"),
+                ([], " in\nside \n", " in\nside "), (["-"], "text", "text")):
+            with self.subTest(args, stdin=stdin):
+                if stdin.startswith("\ufeff"):
+                    status, out, _ = program("--dry-run", *args, stdin=stdin.encode())
+                    got = json.loads(out)["messages"][-1]["content"]
+                else:
+                    got = self.prompt(*args, stdin=stdin)
+                self.assertEqual(got, expected)
+
+    def test_options_of_the_table(self):
+        values = {"tool_choice": "auto", "user": "me", "stop": ["a", "b"]}
+        args, expected = [], {}
+        for row in nemotron.PARAMETERS:
+            if row.name in ("n", "tools", "response_format"):
+                continue
+            value = values.get(row.name, 0.5 if row.kind == "a number" else 1)
+            for one in value if isinstance(value, list) else [value]:
+                args += ["--" + row.name.replace("_", "-"), one]
+            expected[row.name] = value
+        body = self.sent(*args, "x")
+        for name, value in expected.items():
+            self.assertEqual(body[name], value, name)
+        helped = main("-h")[1]
+        flags = re.findall(r"^  --([a-z-]+) (?:X|TEXT)", helped, re.M)
+        self.assertEqual([f.replace("-", "_") for f in flags], list(expected))
+        for name in ("--n", "--tools", "--temp", "--max"):
+            self.assertEqual(main(name, "1", "x")[0], 2, name)
+
+    def test_option_key_value(self):
+        body = self.sent("-o", "logprobs", "true", "-o", "x", "te xt", "-o", "n", "2",
+                         "-o", "response_format", '{"type": "json_object"}',
+                         "-o", "temperature", "0.5", "-o", "y", '{"a": [1]}', "x")
+        self.assertEqual({k: body[k] for k in ("logprobs", "x", "n", "temperature", "y")}, {
+            "logprobs": True, "x": "te xt", "n": 2, "temperature": 0.5, "y": {"a": [1]}})
+        for bad in (["n", "9"], ["tools", "x"], ["messages", "[]"], ["model", "x"],
+                    ["stream", "true"], ["temperature", "hot"], ["y", "NaN"]):
+            with self.subTest(bad):
+                status, out, err = main("-n", "-o", *bad, "x")
+                self.assertEqual((status, out), (2, ""))
+                self.assertRegex(err, r"^nemotron: [^\n]+\n$")
+        self.assertEqual(main("-n", "-o", "n", "2", "x")[0], 2)
+        self.assertEqual(main("-n", "-o", "n", "2", "--json", "x")[0], 0)
+
+    def test_usage_errors_send_nothing(self):
+        for args in (["--temperature", "3", "x"], ["--top-k", "1.5", "x"], ["--nonsense"],
+                     ["--seed", "-1", "x"], ["--timeout", "0", "x"], ["--retries", "x", "x"],
+                     ["--deadline", "soon", "x"], ["--base-url", "ftp://x", "x"], [],
+                     ["-i", "--dry-run"], ["-j", "5", "x", "--max-cost", "5"], ["-s"]):
+            with self.subTest(args):
+                status, out, err = main(*args)
+                self.assertEqual((status, out), (2, ""))
+                self.assertRegex(err, r"^nemotron: [^\n]{1,289}\n$")
+        self.assertEqual(self.server.requests, [])
+
+    def test_reply(self):
+        for text, shown in (("  \n hi", "hi\n"), ("hi\n\n\n", "hi\n"), ("", "\n"),
+                            ("a\n\n b\n", "a\n\n b\n"), ("\x1b[2J\r\t\u20ac", "\x1b[2J\r\t\u20ac\n"),
+                            ("half \ud83d", "half \ufffd\n"), ("\ude00 half", "\ufffd half\n")):
+            chunks = [delta(c) for c in text] + [END]
+            for args, what in (([], sse(*chunks)), (["--no-stream"], reply(text))):
+                server = self.serve(what)
+                for call in (main, program):
+                    with self.subTest(text, args=args, call=call.__name__):
+                        self.assertEqual(call("--base-url", server.url, "-n", *args, "x"),
+                                         (0, shown, ""))
+        pair = self.serve(sse(delta("\ud83d"), delta("\ude00"), END))
+        status, out, _ = program("-n", "x", "--base-url", pair.url,
+                                 env={"LC_ALL": "C", "PYTHONIOENCODING": "ascii"})
+        self.assertEqual((status, out), (0, "\U0001f600\n"))
+
+    def test_json_and_usage(self):
+        status, out, err = main("--json", "-u", "-n", "a", "b")
+        self.assertEqual((status, json.loads(out)), (0, completion("a b")))
+        self.assertEqual(out.count("\n"), 1)
+        self.assertRegex(err, r"^nemotron: 3 \+ 2 tokens, \$0\.25, \d+\.\d s, model m\n$")
+        _, _, err = main("-u", "-n", "-m", "m", "a")
+        self.assertRegex(err, r"^nemotron: 3 \+ 2 tokens, \$0\.25, \d+\.\d s\n$")
+        none = self.serve(sse(delta("a", "stop")))
+        _, _, err = main("-u", "-n", "a", "--base-url", none.url, "-m", "m")
+        self.assertRegex(err, r"^nemotron: \? \+ \? tokens, cost unknown, ")
+
+    @quiet
+    def test_statuses(self):
+        part = [delta("part")]
+        for name, what, status, out, words in (
+                ("length", reply("a", "length"), 3, "a\n", "stopped at length"),
+                ("filter", reply("a", "content_filter"), 3, "a\n", "content_filter"),
+                ("cut", sse(*part, done=False), 3, "part\n", "stopped before its end"),
+                ("error", sse(*part, {"error": "Boom"}), 1, "part\n", "Boom"),
+                ("nothing", sse(), 1, "", "no reply"),
+                ("400", answer('{"error": "bad"}', status=400), 1, "", "HTTP 400: bad"),
+                ("401", answer('{"detail": "no"}', status=401), 4, "", "DEEPINFRA_TOKEN"),
+                ("402", answer("", status=402), 4, "", "billing"),
+                ("403", answer("", status=403), 4, "", "HTTP 403"),
+                ("429", answer("Rate limited", status=429), 5, "", "Rate limited"),
+                ("503", answer("<title>Down</title>", status=503), 5, "", "Down"),
+                ("502", answer("", status=502), 1, "", "HTTP 502"),
+                ("long", answer("long " * 500, status=400), 1, "", "HTTP 400")):
+            server = self.serve(what)
+            with self.subTest(name):
+                got = main("-n", "x", "--retries", "0", "--base-url", server.url)
+                self.assertEqual(got[:2], (status, out))
+                self.assertRegex(got[2], r"^nemotron: [^\n]{1,289}\n$")
+                self.assertIn(words, got[2])
+        del os.environ["DEEPINFRA_BASE_URL"]
+        self.assertEqual(main("-n", "x")[0], 4)
+
+    def test_the_program_itself(self):
+        self.assertEqual(main("--version"), (0, nemotron.__version__ + "\n", ""))
+        status, out, err = main("-h")
+        self.assertEqual((status, err), (0, ""))
+        self.assertTrue(out.rstrip().endswith(nemotron.EXITS))
+        shutil.copy(HERE / "nemotron.py", self.folder)
+        source = (HERE / "nemotron.py").read_bytes()
+        for args, stdin in ((["-I", "-S", "nemotron.py"], b""), (["nemotron.py"], b""),
+                            (["-"], source), (["-m", "nemotron"], b"")):
+            with self.subTest(args):
+                done = subprocess.run(
+                    [sys.executable, *args, "--offline", "Hello!"], input=stdin,
+                    cwd=self.folder, env=environment(), capture_output=True, timeout=60)
+                self.assertEqual((done.returncode, done.stdout, done.stderr),
+                                 (0, b"Hello!\n", b""))
+
+    def test_import_is_quiet_and_small(self):
+        code = ("import sys, urllib.request, json, threading; before = set(sys.modules);"
+                "import nemotron; print(*sorted(set(sys.modules) - before))")
+        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True,
+                              env=environment(DEEPINFRA_BASE_URL="nonsense"), timeout=60)
+        self.assertEqual(done.stdout.split(), [b"__future__", b"nemotron"])
+        self.assertEqual(set(nemotron.__all__) - set(dir(nemotron)), set())
+
+    @unittest.skipUnless(POSIX, "pipes")
+    def test_pipes(self):
+        def piped(command, **env):
+            done = subprocess.run(
+                ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True,
+                env=environment(P=f"{sys.executable} {HERE / 'nemotron.py'}", **env),
+                cwd=self.folder, timeout=60)
+            return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+        long = self.serve(sse(*[delta("word\n" * 1000)] * 200, END))
+        self.assertEqual(piped(f"$P -n x --base-url {long.url} | head -n 1"),
+                         (141, "word\n", ""))
+        with self.subTest("closed files"):
+            self.assertEqual(piped("$P --offline x <&-"), (0, "x\n", ""))
+            self.assertEqual(piped("$P -n --offline x 2>&-"), (0, "x\n", ""))
+            status, _, err = piped("$P -n --offline x >&-")
+            self.assertEqual((status, err.count("\n")), (2, 1))
+        if os.path.exists("/dev/full"):
+            status, _, err = piped("$P -n --offline x > /dev/full")
+            self.assertEqual(status, 1)
+            self.assertRegex(err, r"^nemotron: standard output: .*space.*\n$")
+        self.assertEqual(piped("printf 'a\\nb\\n' | while read -r w; do "
+                               "$P -n --offline \"$w\"; done"), (0, "a\nb\n", ""))
+        self.assertEqual(piped("printf 'a\\377' | $P --offline")[0], 2)
+        self.assertEqual(piped("(sleep 2.2; echo late) | $P --offline early"), (
+            0, "early\n\nlate\n",
+            "nemotron: waiting for standard input (-n leaves it alone)\n"))
+
+    @unittest.skipUnless(POSIX, "signals")
+    def test_ctrl_c_in_a_pipe(self):
+        server = self.serve(sse(delta("part"), done=False, end="stall"))
+        process = subprocess.Popen(
+            [sys.executable, HERE / "nemotron.py", "-n", "x", "--base-url", server.url],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual(process.stdout.read(4), b"part")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        self.assertEqual((process.returncode, out, err), (130, b"\n", b""))
+
+
+# ----------------------------------------------------------- Conversations, terminals
+
+
+class ConversationTests(Case):
+    def setUp(self):
+        super().setUp()
+        self.server = self.serve(echo_custom)
+        self.setenv(DEEPINFRA_BASE_URL=self.server.url)
+        self.file = self.folder / "chat.json"
+
+    def test_a_conversation(self):
+        self.assertEqual(main("-n", "-c", self.file, "-s", "S", "one")[1], "one\n")
+        if POSIX:
+            self.assertEqual(self.file.stat().st_mode & 0o777, 0o600)
+            self.file.chmod(0o640)
+        self.assertEqual(main("-n", "-c", self.file, "two")[1], "two\n")
+        self.assertEqual(main("-n", "-c", self.file, "-s", "T", "three", "--json")[0], 0)
+        turns = [{"role": role, "content": word} for word in ("one", "two", "three")
+                 for role in ("user", "assistant")]
+        expected = [{"role": "system", "content": "T"}, *turns]
+        self.assertEqual(json.loads(self.file.read_text()), expected)
+        self.assertEqual(self.server.requests[-1].json["messages"], expected[:-1])
+        if POSIX:
+            self.assertEqual(self.file.stat().st_mode & 0o777, 0o640)
+        self.assertEqual([path.name for path in self.folder.iterdir()], ["chat.json"])
+
+    @unittest.skipUnless(POSIX, "symbolic links")
+    def test_a_symbolic_link_is_followed(self):
+        (self.folder / "real").mkdir()
+        self.file.symlink_to(self.folder / "real" / "there.json")
+        for _ in range(2):
+            self.assertEqual(main("-n", "-c", self.file, "x")[0], 0)
+        self.assertTrue(self.file.is_symlink())
+        self.assertEqual(len(json.loads(self.file.read_text())), 4)
+
+    def test_untouched_unless_the_reply_has_ended(self):
+        before = json.dumps([USER, ASSISTANT])
+        self.file.write_text(before)
+        for what in (answer("no", status=400), sse(delta("a"), done=False),
+                     sse(delta("a"), {"error": "x"}), answer("<title>x</title>")):
+            server = self.serve(what)
+            self.assertNotEqual(main("-n", "-c", self.file, "x", "--base-url",
+                                     server.url)[0], 0)
+            self.assertEqual(self.file.read_text(), before)
+        main("--dry-run", "-c", self.file, "x")
+        self.assertEqual(self.file.read_text(), before)
+        server = self.serve(reply("cut", "length"))
+        self.assertEqual(main("-n", "-c", self.file, "x", "--base-url", server.url)[0], 3)
+        self.assertEqual(json.loads(self.file.read_text())[-1]["content"], "cut")
+
+    @unittest.skipUnless(POSIX, "signals")
+    def test_untouched_by_signals(self):
+        before = json.dumps([USER, ASSISTANT])
+        self.file.write_text(before)
+        server = self.serve(sse(delta("part"), done=False, end="stall"))
+        for number in (signal.SIGINT, signal.SIGKILL):
+            process = subprocess.Popen(
+                [sys.executable, HERE / "nemotron.py", "-n", "-c", self.file, "x",
+                 "--base-url", server.url], env=environment(), stdout=subprocess.PIPE)
+            process.stdout.read(4)
+            process.send_signal(number)
+            process.communicate(timeout=30)
+            self.assertEqual(self.file.read_text(), before)
+
+    def test_bad_files(self):
+        for text, words in (("", "chat.json"), ("{}", "not a list"), ('"x"', "not a list"),
+                            ("[1]", "messages[0]"), (json.dumps([USER, {"role": "x"}]),
+                                                     "messages[1]"),
+                            ("[" * 100000, "chat.json"), ("[\xff", "chat.json"),
+                            (json.dumps([SYSTEM, USER, SYSTEM]), "messages[2]")):
+            self.file.write_text(text, encoding="latin-1")
+            with self.subTest(text[:20]):
+                status, _, err = main("-n", "-c", self.file, "-s", "x", "x")
+                self.assertEqual(status, 2)
+                self.assertRegex(err, r"^nemotron: [^\n]*chat\.json: [^\n]+\n$")
+                self.assertIn(words, err)
+                self.assertEqual(self.file.read_text(encoding="latin-1"), text)
+        self.assertEqual(main("-n", "-c", self.folder, "x")[0], 2)
+        self.assertEqual(main("-n", "-c", self.folder / "no" / "x", "x")[0], 2)
+        self.assertEqual(self.server.requests, [])
+
+    def test_a_chat_from_a_pipe(self):
+        status, out, err = program("-i", "-c", self.file, "first", "turn", "-u",
+                                   stdin="two\n\n \nthree \u20ac".encode(),
+                                   env={"DEEPINFRA_BASE_URL": self.server.url})
+        self.assertEqual((status, out), (0, "first turn\ntwo\nthree \u20ac\n"))
+        self.assertEqual(err.count("tokens"), 3)
+        self.assertEqual(len(json.loads(self.file.read_text())), 6)
+        self.assertEqual(len(self.server.requests[-1].json["messages"]), 5)
+
+    def test_an_error_drops_the_turn(self):
+        server = self.serve(answer("maximum context length is 4096", status=400), echo_custom)
+        status, out, err = main("-i", "one", "--base-url", server.url, stdin="two\n")
+        self.assertEqual((status, out), (0, "two\n"))
+        self.assertRegex(err, r"^nemotron: HTTP 400, .*new conversation.*\n$")
+        self.assertEqual(len(server.requests[1].json["messages"]), 1)
+        del os.environ["DEEPINFRA_BASE_URL"]
+        self.assertEqual(main("-i", "one")[0], 4)
+        self.assertEqual(main("-i", "one", "--top-p", "0")[0], 2)
+
+
+class Terminal:
+    """The program on a pseudo-terminal of its own, with Ctrl-C and all."""
+
+    START = ("import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+             "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+
+    def __init__(self, *args, stdout=None, **env):
+        self.file, terminal = os.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.START, HERE / "nemotron.py", *map(str, args)],
+            stdin=terminal, stdout=stdout or terminal, stderr=terminal,
+            start_new_session=True, env=environment(TERM="xterm", COLUMNS="80", **env))
+        os.close(terminal)
+        self.seen = ""
+
+    def expect(self, text):
+        """Wait until the text is on the screen; what is new up to it."""
+        while text not in self.seen:
+            with contextlib.suppress(OSError):  # the end, as Linux says it
+                new = os.read(self.file, 4096).decode()
+                if new:
+                    self.seen += new
+                    continue
+            raise AssertionError(f"{text!r} did not come: {self.seen!r}")
+        before, _, self.seen = self.seen.partition(text)
+        return before + text
+
+    def send(self, text):
+        os.write(self.file, text.encode())
+
+    def end(self):
+        """(status, the rest of what was on the screen)"""
+        rest = self.seen
+        with contextlib.suppress(OSError):
+            while new := os.read(self.file, 4096).decode():
+                rest += new
+        os.close(self.file)
+        return self.process.wait(30), rest
+
+
+@unittest.skipUnless(POSIX, "pseudo-terminals")
+class TerminalTests(Case):
+    def setUp(self):
+        super().setUp()
+        self.server = self.serve(echo_custom)
+        self.guard = threading.Timer(50, os._exit, (9,))  # rather than hang for ever
+        self.guard.start()
+        self.addCleanup(self.guard.cancel)
+
+    def terminal(self, *args, server=None, **kwargs):
+        return Terminal(*args, DEEPINFRA_BASE_URL=(server or self.server).url, **kwargs)
+
+    def test_a_chat(self):
+        file = self.folder / "chat.json"
+        screen = self.terminal("-i", "-u", "-c", file, "hello")
+        screen.expect("hello\r\nnemotron: 3 + 2 tokens")
+        screen.expect("> ")
+        screen.send("one\r")
+        screen.expect("one\r\n")
+        screen.expect("one\r\nnemotron: 3 + 2 tokens")
+        screen.expect("> ")
+        self.assertEqual(len(json.loads(file.read_text())), 4)
+        screen.send("\x1b[A\r")  # the line before, from the history
+        screen.expect("one\r\nnemotron: 3 + 2")
+        screen.expect("> ")
+        screen.send("half a li\x03")  # Ctrl-C
+        screen.expect("> ")
+        screen.send("\x04")  # Ctrl-D
+        self.assertEqual(screen.end()[0], 0)
+        self.assertEqual(len(json.loads(file.read_text())), 6)
+
+    def test_ctrl_c_during_a_reply_keeps_the_chat(self):
+        server = self.serve(sse(delta("endless"), done=False, end="stall"), echo_custom)
+        screen = self.terminal("-i", server=server)
+        screen.expect("> ")
+        screen.send("one\r")
+        screen.expect("endless")
+        screen.send("\x03")
+        screen.expect("\r\nnemotron: stopped; this turn is dropped\r\n")
+        screen.expect("> ")
+        screen.send("two\r")
+        screen.expect("two\r\ntwo\r\n")
+        screen.expect("> ")
+        screen.send("\x04")
+        self.assertEqual(screen.end()[0], 0)
+        self.assertEqual(len(server.requests[1].json["messages"]), 1)
+
+    def test_ctrl_c_of_one_shot(self):
+        server = self.serve(sse(delta("part"), done=False, end="stall"))
+        screen = self.terminal("x", server=server)
+        screen.expect("part")
+        screen.send("\x03")
+        self.assertEqual(screen.end(), (130, "^C\r\n"))
+
+    def test_escapes_are_shown(self):
+        text = "\x1b[31mred\x07\x9b2J\r\n\ttab\x7f"
+        for args in ([], ["--no-stream"]):
+            screen = self.terminal("x", *args, server=self.serve(reply(text)))
+            self.assertEqual(screen.end(), (
+                0, "\\x1b[31mred\\x07\\x9b2J\\x0d\r\n\ttab\\x7f\r\n"))
+
+    def test_no_prompt(self):
+        screen = self.terminal()
+        status, seen = screen.end()
+        self.assertEqual(status, 2)
+        self.assertRegex(seen, r"^nemotron: no prompt: nemotron.py \[options\][^\n]*\r\n$")
+
+    def test_input_from_the_terminal(self):
+        screen = self.terminal("a", "-")
+        screen.send("typed\r\x04")
+        screen.expect("a\r\n\r\ntyped\r\n")
+        self.assertEqual(screen.end()[0], 0)
+
+    def test_prompt_is_not_in_a_redirected_output(self):
+        with open(self.folder / "out", "wb") as out:
+            screen = self.terminal("-i", stdout=out)
+            screen.expect("> ")
+            screen.send("one\r")
+            screen.expect("> ")
+            screen.send("\x04")
+            screen.end()
+        self.assertEqual((self.folder / "out").read_bytes(), b"one\n")
+
+    def test_progress_of_a_batch(self):
+        requests = self.folder / "requests.jsonl"
+        requests.write_text('"a"\n' * 3)
+        steps = threading.Semaphore(0)
+        server = self.serve(lambda request: (steps.acquire(timeout=30), reply())[1])
+        with open(self.folder / "out", "wb") as out:
+            screen = self.terminal("--batch", requests, "-j", "1", server=server, stdout=out)
+            steps.release()
+            screen.expect("\r1 of 3 done, 0 failed, ")
+            screen.expect("s left")
+            steps.release()
+            steps.release()
+            status, rest = screen.end()
+        self.assertEqual(status, 0)
+        self.assertRegex(rest, r"\r {79}\rnemotron: 3 of 3 done, 0 failed, .*s\r\n$")
+        self.assertEqual((self.folder / "out").read_bytes().count(b"\n"), 3)
+
+
+if __name__ == "__main__":
+    unittest.main()
