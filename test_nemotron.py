@@ -2143,5 +2143,91 @@ class TerminalTests(Case):
         self.assertEqual((self.folder / "out").read_bytes().count(b"\n"), 3)
 
 
+# ------------------------------------------------------------------------ Documentation
+
+
+class ReadmeTests(Case):
+    README = (HERE / "README.md").read_text(encoding="utf-8")
+
+    def blocks(self, language):
+        found = re.findall(rf"^```{language}\n(.*?)^```", self.README, re.M | re.S)
+        self.assertGreater(len(found), 3)
+        return found
+
+    def test_the_table_of_parameters(self):
+        rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \| (.*) \|$", self.README, re.M)
+        self.assertEqual(rows, [
+            (row.name, row.kind, row.range and f"`{row.range}`", row.default, row.help)
+            for row in nemotron.PARAMETERS])
+
+    def test_the_codes_of_the_rows(self):
+        codes = {getattr(nemotron, name).code for name in nemotron.__all__
+                 if name.endswith("Error")} - {"error", "incomplete_reply"}
+        text, = re.findall(r"Codes:(.*?)\.\n", self.README, re.S)
+        self.assertEqual(set(re.findall(r"`(\w+)`", text)), codes | {"duplicate_custom_id"})
+
+    def run_in_folder(self, args):
+        done = subprocess.run(args, cwd=self.folder, env=self.env, capture_output=True,
+                              stdin=subprocess.DEVNULL, timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr.decode())
+        return done.stdout.decode()
+
+    def prepare(self):
+        for name in ("nemotron.py", "README.md"):
+            shutil.copy(HERE / name, self.folder)
+
+        def both(request):
+            text = request.json["messages"][-1]["content"]
+            streamed = request.json.get("stream")
+            return sse(delta(text), delta(finish="stop", usage=USAGE)) if streamed else (
+                reply(text))
+
+        self.env = environment(DEEPINFRA_BASE_URL=self.serve(both).url, DEEPINFRA_TOKEN="x")
+
+    def test_the_python_examples(self):
+        self.prepare()
+        ran = [code for code in self.blocks("python") if "pyspark" not in code]
+        for code in ran:
+            with self.subTest(code):
+                self.run_in_folder([sys.executable, "-W", "error", "-c", code])
+        self.assertGreaterEqual(len(ran), 4)
+
+    @unittest.skipUnless(all(map(shutil.which, ("bash", "jq", "curl", "git"))),
+                         "bash, jq, curl and git")
+    def test_the_shell_examples(self):
+        self.prepare()
+        (self.folder / "bin").mkdir()
+        (self.folder / "bin" / "python3").symlink_to(sys.executable)
+        self.env["PATH"] = f"{self.folder / 'bin'}:{self.env['PATH']}"
+        self.run_in_folder(["bash", "-ec", "git init -q . && git add README.md && "
+                            "echo more >> README.md"])
+        outputs = []
+        for code in self.blocks("sh"):
+            if "unittest" not in code:
+                with self.subTest(code):
+                    outputs.append(self.run_in_folder(["bash", "-euo", "pipefail", "-c", code]))
+        first, _, words, loop, jq, talk, batch = outputs
+        self.assertEqual(first, "Hello!\n")
+        self.assertIn("Write a commit message for this diff.\n\ndiff --git", words)
+        self.assertIn("\n\nSay this again, for a child.\n", words)
+        self.assertEqual(loop, "".join(f"How long do I roast {animal}?\n"
+                                       for animal in ("lamb", "duck", "trout")))
+        self.assertTrue(jq.startswith("Hello!\n5\n"))
+        self.assertIn("data: [DONE]", jq)
+        self.assertIn("assistant: And what goes with it?", talk)
+        self.assertEqual(len(json.loads((self.folder / "chat.json").read_text())), 3)
+        self.assertEqual(batch, "")
+        pairs = [json.loads(line) for line in
+                 (self.folder / "data.jsonl").read_text().splitlines()]
+        self.assertEqual({pair["topic"] for pair in pairs}, {"lamb", "duck", "trout"})
+        self.assertIn("Write a question about cooking lamb", str(pairs))
+
+    def test_the_exit_statuses(self):
+        known = re.findall(r"^\| ([\d, ]+) \| ", self.README, re.M)
+        numbers = [int(n) for one in known for n in one.split(", ")]
+        self.assertEqual(numbers, [int(n) for n in re.findall(
+            r"^  (\d+) ", nemotron.EXITS, re.M)])
+
+
 if __name__ == "__main__":
     unittest.main()
