@@ -1070,7 +1070,7 @@ class Stream:
 
     def chunks(self) -> Iterator[Chunk]:
         """Every chunk that is left, instead of the text."""
-        for chunk in self._chunks:  # yield from would close it when this is dropped
+        for chunk in self._chunks:  # noqa: UP028  (it would close with this one)
             yield chunk
         if self._error:
             raise self._error
@@ -1465,7 +1465,38 @@ def stdin_lines() -> Iterable[bytes]:
         return (line.encode() for line in sys.stdin or ())
 
 
-def parse_options(argv: list[str] | None) -> argparse.Namespace:
+# (group, flags, the value's name or "" for a switch, help); the sampling options are
+# made of PARAMETERS.  A value that is called N, S, X or USD is a number.
+OPTIONS = (
+    ("request", "-s --system", "TEXT", "system message"),
+    ("request", "-m --model", "ID", "model (or in NEMOTRON_MODEL)"),
+    ("request", "-o --option", "KEY VALUE",
+     "any other field of the body; VALUE is JSON, else a string"),
+    ("request", "-c --conversation", "FILE",
+     "continue the conversation in FILE, a JSON list of messages"),
+    ("request", "-i --interactive", "", "a chat, one turn a line"),
+    ("request", "-n --no-stdin", "", "leave standard input alone"),
+    ("reply", "--no-stream", "", "wait for the whole reply"),
+    ("reply", "--json", "", "print the server's JSON on one line"),
+    ("reply", "-u --usage", "", "then tokens, cost and seconds on standard error"),
+    ("reply", "--dry-run", "", "print the JSON body and send nothing"),
+    *(("sampling", "--" + row.name.replace("_", "-"), "X" if row.range else "TEXT",
+       f"{row.help}; {row.range}".strip("; ")) for row in PARAMETERS
+      if row.name not in ("n", "tools", "response_format")),
+    ("many requests", "--batch", "FILE", "send the lines of FILE (-: standard input)"),
+    ("many requests", "--output", "FILE", "add the rows to FILE, the checkpoint"),
+    ("many requests", "-j --jobs", "N", "requests at a time, 1 to 200 (8)"),
+    ("many requests", "--max-cost", "USD", "send no more once replies cost so much"),
+    ("connection", "--base-url", "URL", f"(or in DEEPINFRA_BASE_URL; {BASE_URL})"),
+    ("connection", "--timeout", "S", "seconds of silence (600)"),
+    ("connection", "--deadline", "S", "seconds for the whole call"),
+    ("connection", "--retries", "N", "after what may pass (2, in a batch 6)"),
+    ("connection", "--offline", "",
+     "talk to a server in this process, which sends the prompt back"),
+)
+
+
+def parse_options(argv: list[str]) -> argparse.Namespace:
     import argparse
 
     class Parser(argparse.ArgumentParser):
@@ -1478,49 +1509,21 @@ def parse_options(argv: list[str] | None) -> argparse.Namespace:
         description="Send PROMPT, and standard input if it is a pipe or a file, to\n"
         f"{MODEL} or any OpenAI-compatible endpoint.\nThe token is in DEEPINFRA_TOKEN.")
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-
-    add = parser.add_argument_group("request").add_argument
-    add("-s", "--system", metavar="TEXT", help="system message")
-    add("-m", "--model", metavar="ID", help="model (or in NEMOTRON_MODEL)")
-    add("-o", "--option", nargs=2, action="append", metavar=("KEY", "VALUE"),
-        default=[], help="any other field of the body; VALUE is JSON, else a string")
-    add("-c", "--conversation", metavar="FILE",
-        help="continue the conversation in FILE, a JSON list of messages")
-    add("-i", "--interactive", action="store_true", help="a chat, one turn a line")
-    add("-n", "--no-stdin", action="store_true", help="leave standard input alone")
-
-    add = parser.add_argument_group("reply").add_argument
-    add("--no-stream", action="store_true", help="wait for the whole reply")
-    add("--json", action="store_true", help="print the server's JSON on one line")
-    add("-u", "--usage", action="store_true",
-        help="then tokens, cost and seconds on standard error")
-    add("--dry-run", action="store_true", help="print the JSON body and send nothing")
-
-    add = parser.add_argument_group("sampling").add_argument
-    for row in PARAMETERS:
-        numeric = "range" if row.range else ""
-        if row.name != "n" and not row.kind.endswith(("objects", "object")):
-            add("--" + row.name.replace("_", "-"), metavar="X" if numeric else "TEXT",
-                type=read_json if numeric else str, help=f"{row.help} {row.range}",
-                action="append" if row.name == "stop" else "store")
-
-    add = parser.add_argument_group("many requests").add_argument
-    add("--batch", metavar="FILE", help="send the lines of FILE (-: standard input)")
-    add("--output", metavar="FILE", help="add the rows to FILE; it is the checkpoint")
-    add("-j", "--jobs", type=read_json, default=8, metavar="N",
-        help="requests at a time, 1 to 200 (8)")
-    add("--max-cost", type=read_json, metavar="USD",
-        help="send no more once the replies have cost that much")
-
-    add = parser.add_argument_group("connection").add_argument
-    add("--base-url", metavar="URL", help=f"(or in DEEPINFRA_BASE_URL; {BASE_URL})")
-    add("--timeout", type=read_json, metavar="S", help="seconds of silence (600)")
-    add("--deadline", type=read_json, metavar="S", help="seconds for the whole call")
-    add("--retries", type=read_json, metavar="N", help="after what may pass (2)")
-    add("--offline", action="store_true",
-        help="talk to a server in this process, which sends the prompt back")
-    add("--version", action="version", version=__version__)
-    argv = sys.argv[1:] if argv is None else argv
+    for group, rows in itertools.groupby(OPTIONS, operator.itemgetter(0)):
+        add = parser.add_argument_group(group).add_argument
+        for _, flags, value, text in rows:
+            kwargs: JSON = {"action": "store_true"}
+            if value:
+                kwargs = {"metavar": value, "type": str}
+                if value in ("N", "S", "X", "USD"):
+                    kwargs["type"] = read_json
+                elif value == "KEY VALUE":
+                    kwargs = {"metavar": tuple(value.split()), "nargs": 2,
+                              "action": "append", "default": []}
+                elif flags == "--stop":
+                    kwargs["action"] = "append"
+            add(*flags.split(), help=text, **kwargs)
+    parser.add_argument("--version", action="version", version=__version__)
     end = argv.index("--") if "--" in argv else len(argv)  # after it, all are words
     options = parser.parse_intermixed_args(argv[:end])
     options.words += argv[end + 1 :]
@@ -1532,7 +1535,7 @@ def check_options(options: argparse.Namespace) -> None:
     single = ("words", "conversation", "interactive", "dry_run")
     for names, wrong, reason in (
         (single, options.batch is not None, "does not go with --batch"),
-        (("output", "max_cost"), options.batch is None, "needs --batch"),
+        (("output", "jobs", "max_cost"), options.batch is None, "needs --batch"),
         (("dry_run",), options.interactive, "does not go with -i"),
     ):
         for name in names if wrong else ():
@@ -1842,7 +1845,8 @@ def unanswered(lines: Iterable[bytes], answered: dict[str, bool], tally: Tally,
 def run_batch(client: Client, options: argparse.Namespace, params: JSON) -> int:
     """Send the requests of a file; the rows go to a file, or to standard output."""
     build_request("", **params, system=options.system)  # the defaults are sound
-    given({"jobs": options.jobs, "max_cost": options.max_cost})
+    jobs = 8 if options.jobs is None else options.jobs
+    given({"jobs": jobs, "max_cost": options.max_cost})
     client._headers()
     total, live = 0, is_terminal(sys.stderr)
     with contextlib.ExitStack() as stack:
@@ -1865,7 +1869,7 @@ def run_batch(client: Client, options: argparse.Namespace, params: JSON) -> int:
         tally = Tally(total, live)
         requests = unanswered(lines, answered, tally, options.max_cost)
         defaults = {**params, "system": options.system}
-        batch = Batch(client, requests, options.jobs, defaults)
+        batch = Batch(client, requests, jobs, defaults)
         stack.callback(tally.finish)
         stack.enter_context(on_interrupt(batch.interrupt))
         for row in batch.rows():
@@ -1930,7 +1934,7 @@ def run(options: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line; the exit status.  `argv` is without the program's name."""
     try:
-        return run(parse_options(argv))
+        return run(parse_options(sys.argv[1:] if argv is None else argv))
     except SystemExit as end:  # of -h and --version
         return int(end.code or 0)
     except KeyboardInterrupt:
