@@ -66,6 +66,7 @@ BASE_URL = "https://api.deepinfra.com/v1/openai"
 STOP_TOKEN = "</s>"  # the model's own; the provider sends it as a last piece of text
 MAX_REPLY = 64 << 20  # bytes of a blocking reply
 MAX_EVENT = 16 << 20  # bytes of one server-sent event
+MAX_ERROR = 1 << 20  # bytes of the body of an error
 MAX_WAIT = 120.0  # seconds; a server that asks for more is not waited for
 MAX_LINE = 300  # characters of a diagnostic
 
@@ -394,10 +395,11 @@ raw_decode = json.JSONDecoder().raw_decode  # loads() would look for white space
 def read_json(text: str) -> Any:
     """The value of a JSON text; the very text where it is none."""
     stripped = text.strip()
-    with contextlib.suppress(ValueError, RecursionError):
+    try:
         value, end = raw_decode(stripped)
-        return value if end == len(stripped) else text
-    return text
+    except (ValueError, RecursionError):
+        return text
+    return value if end == len(stripped) else text
 
 
 def step(value: Any, *path: Any) -> Any:
@@ -585,7 +587,7 @@ class Joiner:
     @property
     def closed(self) -> bool:
         """No chunk can change the choices any more."""
-        return not self.unfinished and not self.several and bool(self.choices)
+        return not (self.unfinished or self.several) and bool(self.choices)
 
     def add(self, chunk: Chunk) -> str:
         """Take in a chunk; the text that it adds to choice 0."""
@@ -594,7 +596,7 @@ class Joiner:
         if chunk.get("usage"):
             self.fields["usage"] = chunk["usage"]
         parts, fresh = chunk.get("choices"), ""
-        if self.closed or not isinstance(parts, list):
+        if not isinstance(parts, list) or self.closed:
             return ""
         for position, part in enumerate(parts):
             if not isinstance(part, dict):
@@ -987,7 +989,7 @@ class Client:
             with contextlib.suppress(OSError, http.client.HTTPException), response:
                 for piece in self._pieces(response, until):
                     body += piece
-                    if len(body) > MAX_EVENT:
+                    if len(body) > MAX_ERROR:
                         break
             text = body.decode("utf-8", "replace") if encoding == "identity" else ""
             raise status_error(response, self._redact(text))
@@ -1101,7 +1103,7 @@ class Stream:
                     break
                 if not data or data == "null" or data[0] == ":":
                     continue  # it keeps the connection alive
-                if not whole and not event and read_json(data) is data:
+                if not (whole or event) and read_json(data) is data:
                     continue  # torn
                 chunk = Chunk(read_object(data, event))
                 self._fresh = joiner.add(chunk)
@@ -1365,7 +1367,6 @@ STATUSES: dict[type[NemotronError], int] = {
     InvalidRequestError: 2, IncompleteReplyError: 3, AuthenticationError: 4,
     RateLimitError: 5, NemotronError: 1,
 }
-UNDECIDED = "\n" + "".join(map(chr, range(0xD800, 0xDC00)))  # halves of characters
 
 
 def say(text: str) -> None:
@@ -1391,10 +1392,8 @@ class Page:
         self.begun = False
 
     def write(self, piece: str) -> None:
-        text = self._held + piece
-        if not self.begun:
-            text = text.lstrip()
-        shown = text.rstrip(UNDECIDED)
+        text = self._held + piece if self.begun else piece.lstrip()
+        shown = text.rstrip("\n")
         self._held = text[len(shown) :]
         if shown:
             self.begun = True
@@ -1410,6 +1409,8 @@ class Page:
         try:
             raw = text.encode()
         except UnicodeEncodeError:  # two halves make a character, one is replaced
+            if "\ud800" <= text[-1] <= "\udbff":
+                text, self._held = text[:-1], text[-1] + self._held
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
             raw = text.encode()
         if self._file is None:  # a StringIO, say

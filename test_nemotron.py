@@ -19,6 +19,7 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -92,6 +93,7 @@ class Server:
         self._answers, self._lock = answers, threading.Lock()
         self.requests, self.flying, self.most = [], 0, 0
         self.over = threading.Event()  # lets a stall end
+        self.tls = None  # or an SSLContext
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
@@ -122,6 +124,12 @@ class Server:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection):
+        if self.tls:
+            try:
+                connection = self.tls.wrap_socket(connection, server_side=True)
+            except OSError:
+                connection.close()
+                return
         with connection, contextlib.suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with connection.makefile("rb") as file:
@@ -660,7 +668,7 @@ STREAMS = {
     "two stop tokens": ([delta("</s>"), delta("</s>", "stop")], ["</s>"]),
     "not quite a stop token": ([delta("</s> "), delta(finish="stop")], ["</s> "]),
     "keep-alives": (["", "null", ": ping", ":", delta("a"), delta(finish="stop")], ["a"]),
-    "odd chunks": ([{}, {"choices": None}, delta(), delta("") | {"x": 1}, 
+    "odd chunks": ([{}, {"choices": None}, delta(), delta("") | {"x": 1},
                     {"choices": [{"index": 0, "delta": None, "finish_reason": ""}]},
                     {"choices": [None, 5]}, delta("a"), delta(finish="length")], ["a"]),
     "usage apart": ([delta("a"), delta(finish="stop"),
@@ -1090,12 +1098,12 @@ class FaultTests(Case):
         self.assertEqual(len(self.logged.output), 3)
 
     def test_no_retry_for_a_host_that_does_not_exist_or_a_bad_certificate(self):
-        class Verification(OSError):
+        class VerificationError(OSError):
             verify_message = "self-signed"
 
         for cause, again in ((socket.gaierror(socket.EAI_NONAME, "x"), False),
                              (socket.gaierror(socket.EAI_AGAIN, "x"), True),
-                             (Verification(1, "x"), False), (OSError(1, "x"), True)):
+                             (VerificationError(1, "x"), False), (OSError(1, "x"), True)):
             with self.subTest(cause):
                 error = nemotron.connection_error(cause, "host")
                 error.__cause__ = cause
@@ -1185,7 +1193,7 @@ class SettingsTests(Case):
         for token in ("se\rcret", "se\ncret", "se\r\ncret", "se\0cret", "se\u00e9cret",
                       "se\x7fcret", "se\tcret", "\u2028secr\u2028et"):
             client = server.client(token=token)
-            for call in (client.chat, client.stream, lambda x: client.batch([x])):
+            for call in (client.chat, client.stream, client.batch):
                 with self.subTest(token), self.assertRaises(
                         nemotron.AuthenticationError) as caught:
                     call("x")
@@ -1208,10 +1216,10 @@ class SettingsTests(Case):
                     ("stream", sse(delta("a"), {"error": token})),
                     ("stream not JSON", sse(f"{{ {token}"))):
                 client = self.serve(what).client(token=token)
-                for call in (lambda: client.chat("x"), lambda: list(client.stream("x"))):
+                for call in (client.chat, client.stream):
                     with self.subTest(name), self.assertRaises(
                             nemotron.NemotronError) as caught:
-                        call()
+                        list(call("x"))
                     error = caught.exception
                     while error is not None:
                         for shown in (str(error), repr(error), repr(error.args),
@@ -1269,6 +1277,56 @@ class SettingsTests(Case):
         self.assertEqual(done.returncode, 1)
         self.assertIn(b"without the ssl module", done.stderr)
         self.assertEqual(run("--offline", "x").stdout, b"x\n")
+
+
+# Of nobody but this test: for 127.0.0.1, until 2120.
+CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg/lGg29K3rFLhDcfT
+prbkBaBQSWyxEtddPAxhzPh1JHChRANCAAQgZ51D78nULeF0nUKvdx0p3mlSHOjK
+6BbOcRaXPFyIaaVgvWZ6Or0PkUZ2O9F+8k+0MAoX/2RyGTqxuYFkGpUY
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBjjCCATOgAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAkxMjcuMC4w
+LjEwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
+CTEyNy4wLjAuMTBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABCBnnUPvydQt4XSd
+Qq93HSneaVIc6MroFs5xFpc8XIhppWC9Zno6vQ+RRnY70X7yT7QwChf/ZHIZOrG5
+gWQalRijdDByMA8GA1UdEQQIMAaHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAOBgNV
+HQ8BAf8EBAMCAoQwHQYDVR0OBBYEFGWNeD5qFUtnuNRc7rh8a/y3JZ0MMB8GA1Ud
+IwQYMBaAFGWNeD5qFUtnuNRc7rh8a/y3JZ0MMAoGCCqGSM49BAMCA0kAMEYCIQCw
+McmU7yHKzbfMoXC/aFPIGo/XZl48wQVAF4gHK6uCXAIhAJduSLwoxyMlySJWIBAi
+0SULWbPxBo+jT49yTti5hrBw
+-----END CERTIFICATE-----
+"""
+
+
+class TLSTests(Case):
+    def serve_tls(self, *answers):
+        (self.folder / "certificate.pem").write_text(CERTIFICATE)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.folder / "certificate.pem")
+        server = self.serve(*answers)
+        server.tls = context
+        server.url = server.url.replace("http:", "https:")
+        return server
+
+    def test_a_certificate_that_fails_is_not_tried_again(self):
+        server = self.serve_tls(reply())
+        with self.assertRaisesRegex(nemotron.APIConnectionError, "SSL_CERT_FILE"):
+            server.client().chat("x")
+        self.assertEqual(server.requests, [])
+
+    def test_https(self):
+        self.setenv(SSL_CERT_FILE=str(self.folder / "certificate.pem"))
+        server = self.serve_tls(reply(), sse(delta("a"), END),
+                                                sse(delta("a"), done=False, end="reset"), reply())
+        client = server.client()
+        self.assertEqual(client.chat("x").text, "ok")
+        self.assertEqual(client.stream("x").completion().text, "a")
+        with self.assertRaises(nemotron.IncompleteReplyError):
+            client.stream("x").completion()
+        rows = list(client.batch("abc", jobs=3))
+        self.assertEqual([row["error"] for row in rows], [None] * 3)
 
 
 class OfflineTests(Case):
