@@ -189,8 +189,6 @@ class Parameter(
 ):
     """A row of the table; `range` reads as in the provider's documentation."""
 
-    __slots__ = ()
-
     def check(self, value: Any) -> None:
         """Raise InvalidRequestError unless value is of the kind and in the range."""
         fits = KINDS[self.kind](value)
@@ -420,8 +418,6 @@ def index_of(choice: JSON, position: int) -> int:
 class Reply(dict[str, "Any"]):
     """The server's JSON, untouched; no property of it raises."""
 
-    __slots__ = ()
-
     @property
     def choices(self) -> list[JSON]:
         choices: list[JSON] = self.get("choices", [])
@@ -456,13 +452,9 @@ class Reply(dict[str, "Any"]):
 class Chunk(Reply):
     """One `chat.completion.chunk` of a stream."""
 
-    __slots__ = ()
-
 
 class Completion(Reply):
     """A whole reply, a `chat.completion`."""
-
-    __slots__ = ()
 
     @property
     def tool_calls(self) -> list[JSON]:
@@ -948,11 +940,8 @@ class Client:
 
             line = f"nemotron: retry {attempt} of {retries} in {pause:.1f} s: {failure}"
             logging.getLogger("nemotron").warning("%s", line[:MAX_LINE])
-            (wait or self._wait)(pause, failure)
+            wait(pause, failure) if wait else self._sleep(pause)
             attempt += 1
-
-    def _wait(self, seconds: float, failure: NemotronError) -> None:
-        self._sleep(seconds)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -1292,14 +1281,17 @@ def offline(**settings: Any) -> Iterator[Client]:
         def do_POST(self) -> None:
             length = int(self.headers.get("Content-Length", 0))
             body = read_json(self.rfile.read(length).decode("utf-8", "replace"))
-            streamed = step(body, "stream") is True
+            streamed, joiner = step(body, "stream") is True, Joiner(True)
             self.send_response(200)
             self.send_header("Content-Type",
                              "text/event-stream" if streamed else "application/json")
             self.end_headers()
-            for part in echo(body, streamed):
-                text = f"data: {part}\n\n" if streamed else part
-                self.wfile.write(text.encode())
+            for chunk in echo(body):
+                joiner.add(chunk)
+                if streamed:
+                    self.wfile.write(b"data: " + to_json(chunk) + b"\n\n")
+            self.wfile.write(
+                b"data: [DONE]\n\n" if streamed else to_json(joiner.completion()))
 
         def log_message(self, *args: object) -> None:
             pass
@@ -1321,34 +1313,23 @@ def offline(**settings: Any) -> Iterator[Client]:
             server.shutdown()
 
 
-def echo(body: Any, streamed: bool) -> Iterator[str]:
-    """The JSON texts that answer a request with its last user message."""
-    said = [("", "")] + [
-        (m.get("role"), m["content"]) for m in step(body, "messages") or ()
-        if isinstance(m, dict) and isinstance(m.get("content"), str)
-    ]
-    text = next(content for role, content in reversed(said) if role in ("user", ""))
-    words = [len(text.split()) for _, text in said]
-    usage = {"prompt_tokens": sum(words), "completion_tokens": len(text.split()),
-             "total_tokens": sum(words) + len(text.split()), "estimated_cost": 0.0}
-    head = {"id": f"chatcmpl-{os.urandom(12).hex()}",
-            "object": "chat.completion.chunk" if streamed else "chat.completion",
+def echo(body: Any) -> Iterator[Chunk]:
+    """The last user message of a request as a stream, word by word."""
+    messages = [Chunk(choices=[{"message": m}]) for m in step(body, "messages") or ()]
+    said = [m.text for m in messages if m.first("message", "role") == "user"]
+    words = re.findall(r"\s*\S+|\s+$", said[-1] if said else "")
+    sent = sum(len(m.text.split()) for m in messages)
+    usage = {"prompt_tokens": sent, "completion_tokens": len(words),
+             "total_tokens": sent + len(words), "estimated_cost": 0.0}
+    head = {"id": f"chatcmpl-{os.urandom(12).hex()}", "object": "chat.completion.chunk",
             "created": int(time.time()), "model": step(body, "model")}
-    indexes = range(step(body, "n") or 1)
-    if not streamed:
-        message = {"role": "assistant", "content": text}
-        choices = [{"index": index, "message": message, "finish_reason": "stop"}
-                   for index in indexes]
-        yield json.dumps({**head, "choices": choices, "usage": usage})
-        return
-    pieces: list[str | None] = [*re.findall(r"\s*\S+|\s+$", text), STOP_TOKEN, None]
-    for index, piece in itertools.product(indexes, pieces):
-        delta = {} if piece is None else {"role": "assistant", "content": piece}
-        reason = "stop" if piece is None else None
-        choice = {"index": index, "delta": delta, "finish_reason": reason}
-        last = {"usage": usage} if piece is None and index == indexes[-1] else {}
-        yield json.dumps({**head, "choices": [choice], **last})
-    yield "[DONE]"
+    for index in range(step(body, "n") or 1):
+        for piece in ("", *words, STOP_TOKEN):
+            delta = {"role": "assistant", "content": piece}
+            choice = {"index": index, "delta": delta, "finish_reason": None}
+            yield Chunk(head, choices=[choice])
+        choice = {"index": index, "delta": {}, "finish_reason": "stop"}
+        yield Chunk(head, choices=[choice], usage=usage)
 
 
 # ---------------------------------------------------------------------- Command line
