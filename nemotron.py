@@ -369,10 +369,9 @@ def read_request(item: Any, defaults: JSON) -> JSON:
     known = {name: rest.pop(name, None) for name in ("model", "system", *DOCUMENTED)}
     params = {**defaults, **{k: v for k, v in known.items() if v is not None}}
     params["extra"] = {**(defaults.get("extra") or {}), **rest}
-    if known["system"] is None and any(
-        isinstance(m, dict) and m.get("role") == "system" for m in messages or ()
-    ):
-        params["system"] = None  # its own goes before the default
+    if is_list_of(dict, messages) and known["system"] is None:
+        if any(message.get("role") == "system" for message in messages):
+            params["system"] = None  # its own goes before the default
     return build_request(prompt if messages is None else messages, **params)
 
 
@@ -633,23 +632,24 @@ def events(pieces: Iterable[bytes]) -> Iterator[tuple[str, str, bool]]:
     rest, pending = [], 0  # of a line that has not ended, and its bytes
     first, after_cr = True, False
     for piece in itertools.chain(pieces, [b""]):
-        last = not piece
+        ended = not piece or piece.endswith((b"\n", b"\r"))  # the body, or a line
         if after_cr and piece.startswith(b"\n"):
             piece = piece[1:]
         after_cr = piece.endswith(b"\r")
+        lines = piece.splitlines()
+        if not ended and len(lines) < 2:
+            rest += lines
+            pending += len(piece)
+            lines = []
+        else:
+            if rest:
+                lines[:1] = [b"".join([*rest, *lines[:1]])]
+            if first and lines:
+                lines[0], first = lines[0].removeprefix(codecs.BOM_UTF8), False
+            rest = [] if ended else [lines.pop()]
+            pending = len(rest[0]) if rest else 0
         if size + pending > MAX_EVENT:
             raise ReplyError(f"an event of the stream is over {MAX_EVENT >> 20} MiB")
-        if not (last or b"\n" in piece or b"\r" in piece):
-            rest.append(piece)
-            pending += len(piece)
-            continue
-        if rest:
-            piece = b"".join([*rest, piece])
-        if first:
-            piece, first = piece.removeprefix(codecs.BOM_UTF8), False
-        lines = piece.splitlines()
-        rest = [] if last or piece.endswith((b"\n", b"\r")) else [lines.pop()]
-        pending = len(rest[0]) if rest else 0
         for line in lines:
             if line.startswith(b"data:"):
                 data.append(line[6:] if line.startswith(b"data: ") else line[5:])
