@@ -21,6 +21,7 @@ network there is; "Batch", "Offline server" and "Command line" are built on it.
 
 from __future__ import annotations
 
+import _thread
 import codecs
 import collections
 import contextlib
@@ -36,7 +37,6 @@ import re
 import select
 import socket
 import sys
-import threading
 import time
 import urllib.parse
 import urllib.request
@@ -369,9 +369,9 @@ def read_request(item: Any, defaults: JSON) -> JSON:
     known = {name: rest.pop(name, None) for name in ("model", "system", *DOCUMENTED)}
     params = {**defaults, **{k: v for k, v in known.items() if v is not None}}
     params["extra"] = {**(defaults.get("extra") or {}), **rest}
-    if is_list_of(dict, messages) and known["system"] is None:
-        if any(message.get("role") == "system" for message in messages):
-            params["system"] = None  # its own goes before the default
+    if known["system"] is None and is_list_of(dict, messages) and any(
+            message.get("role") == "system" for message in messages):
+        params["system"] = None  # its own goes before the default
     return build_request(prompt if messages is None else messages, **params)
 
 
@@ -699,7 +699,6 @@ def stream_events(pieces: Iterator[bytes]) -> Iterator[tuple[str, str, bool]]:
 # - Its timeout is for each operation on the socket, so a server that drips bytes is
 #   never timed out: the deadline has a clock of its own.
 
-LOOPBACK = r"localhost|127(\.\d{1,3}){3}|::1"
 OVERRUN = r"(?i)context.(length|window)|input.length|maximum.{1,40}token|too long"
 ADVICE = {
     401: "the token was refused, check DEEPINFRA_TOKEN",
@@ -712,6 +711,11 @@ ADVICE = {
 }
 
 
+def is_loopback(host: str) -> bool:
+    digits = host.replace(".", "").isdigit() and host.count(".") == 3
+    return host in ("localhost", "::1") or digits and host.startswith("127.")
+
+
 def parse_base_url(url: str) -> tuple[str, str, bool]:
     """(scheme, host, whether it is loopback); InvalidRequestError if it is not safe."""
     try:
@@ -719,15 +723,14 @@ def parse_base_url(url: str) -> tuple[str, str, bool]:
         host, _ = parts.hostname or "", parts.port
     except ValueError:
         host = ""
-    if not host or not re.fullmatch("[!-~]+", url):
+    if not host or not url.isascii() or not url.isprintable() or " " in url:
         raise InvalidRequestError("the base URL must be https://host[:port][/path]")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise InvalidRequestError("the base URL must have no user, query or fragment")
-    loopback = bool(re.fullmatch(LOOPBACK, host))
-    if parts.scheme != "https" and not (parts.scheme == "http" and loopback):
+    if parts.scheme != "https" and (parts.scheme != "http" or not is_loopback(host)):
         raise InvalidRequestError("the base URL must be https:// (or http:// to this "
                                   f"machine), not {parts.scheme}://{parts.netloc}")
-    return parts.scheme, host, loopback
+    return parts.scheme, host, is_loopback(host)
 
 
 def build_opener(scheme: str, host: str,
@@ -841,7 +844,7 @@ class Client:
         given(self._settings())
         self._server = parse_base_url(self.base_url)
         self._opener: urllib.request.OpenerDirector | None = None
-        self._lock = threading.Lock()  # so that there is one
+        self._lock = _thread.allocate_lock()  # so that there is one opener
 
     def _settings(self) -> JSON:
         names = ("model", "base_url", "timeout", "deadline", "retries")
@@ -887,7 +890,7 @@ class Client:
 
     def _headers(self) -> dict[str, str]:
         """Raises AuthenticationError where there is no usable token."""
-        if not re.fullmatch("[ -~]*", self._token):
+        if not (self._token.isascii() and self._token.isprintable()):
             raise AuthenticationError("the token has control characters or characters "
                                       "outside ASCII: copy it again")
         headers = {"Content-Type": "application/json",
@@ -1146,6 +1149,7 @@ class Batch:
     def __init__(self, client: Client, requests: Iterable[tuple[int, Any]], jobs: int,
                  defaults: JSON) -> None:
         import queue
+        import threading
 
         BY_NAME["jobs"].check(jobs)
         client._headers()  # no token, no batch
@@ -1164,6 +1168,8 @@ class Batch:
 
     def rows(self) -> Iterator[JSON]:
         """The rows as they come; then raises what ended the batch early."""
+        import threading
+
         for _ in range(self._jobs):
             threading.Thread(target=self._work, daemon=True).start()
         try:
@@ -1276,6 +1282,7 @@ def offline(**settings: Any) -> Iterator[Client]:
     """
     import http.server
     import socketserver
+    import threading
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -1386,6 +1393,11 @@ class Page:
             self._put(self._held.rstrip("\n") + "\n")
         self._held, self.begun = "", False
 
+    def line(self, value: object) -> None:
+        """A JSON value, alone on its line."""
+        self.write(json.dumps(value))
+        self.end()
+
     def _put(self, text: str) -> None:
         try:
             raw = text.encode()
@@ -1400,12 +1412,6 @@ class Page:
         else:
             self._file.write(raw)
             self._file.flush()
-
-
-def print_json(value: object) -> None:
-    page = Page()
-    page.write(json.dumps(value))
-    page.end()
 
 
 def is_terminal(file: Any) -> bool:
@@ -1737,9 +1743,9 @@ class Rows:
         while raw:
             raw = raw[self._file.write(raw) :]
 
-    def add(self, row: JSON) -> None:
+    def add(self, value: object) -> None:
         try:
-            self._write(json.dumps(row).encode("ascii") + b"\n")
+            self._write(json.dumps(value).encode("ascii") + b"\n")
         except OSError as error:
             raise NemotronError(f"{self._path}: {error.strerror}") from error
 
@@ -1843,9 +1849,10 @@ def run_batch(client: Client, options: argparse.Namespace, params: JSON) -> int:
             except OSError as error:
                 words = f"{options.batch}: {error.strerror}"
                 raise InvalidRequestError(words) from None
-        write: Callable[[JSON], None] = print_json
         answered: dict[str, bool] = {}
-        if options.output is not None:
+        if options.output is None:
+            write = Page().line
+        else:
             rows = Rows(options.output)
             write, answered = rows.add, rows.answered
         tally = Tally(total, live)
@@ -1864,6 +1871,7 @@ def run_batch(client: Client, options: argparse.Namespace, params: JSON) -> int:
 def on_interrupt(act: Callable[[], None]) -> Iterator[None]:
     """Act at the first Ctrl-C; the second one is as ever."""
     import signal
+    import threading
 
     def handle(*args: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -1906,7 +1914,7 @@ def run(options: argparse.Namespace) -> int:
         messages = conversation.with_prompt(prompt)
         if options.dry_run:
             body = build_request(messages, stream=streamed, **params)
-            print_json(json.loads(to_json(body)))
+            Page().line(json.loads(to_json(body)))
             return 0
         reply = ask(client, options, messages, params)
         conversation.keep([*messages, reply.message])
