@@ -1515,6 +1515,10 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     end = argv.index("--") if "--" in argv else len(argv)  # after it, all are words
     options = parser.parse_intermixed_args(argv[:end])
     options.words += argv[end + 1 :]
+    try:
+        " ".join([*options.words, options.system or ""]).encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError("the prompt is not UTF-8") from None
     return options
 
 
@@ -1555,7 +1559,7 @@ class Conversation:
     """Messages, and the file where they are kept, if there is one."""
 
     def __init__(self, name: str | None, system: str | None) -> None:
-        self._path = os.path.realpath(name) if name else ""
+        self._path = "" if name is None else os.path.realpath(name)
         self.messages: list[JSON] = []
         if self._path:
             try:
@@ -1600,8 +1604,10 @@ class Conversation:
             with contextlib.suppress(FileNotFoundError):
                 shutil.copymode(self._path, temporary)
             os.replace(temporary, self._path)
-        except BaseException:
+        except BaseException as error:
             os.unlink(temporary)
+            if isinstance(error, OSError):
+                raise NemotronError(f"{self._path}: {error.strerror}") from error
             raise
 
 

@@ -1940,6 +1940,8 @@ class ProgramTests(Case):
         self.assertEqual(piped("printf 'a\\nb\\n' | while read -r w; do "
                                "$P -n --offline \"$w\"; done"), (0, "a\nb\n", ""))
         self.assertEqual(piped("printf 'a\\377' | $P --offline")[0], 2)
+        status, _, err = piped("$P -n --offline $'\\377'")
+        self.assertEqual((status, err), (2, "nemotron: the prompt is not UTF-8\n"))
         self.assertEqual(piped("(sleep 2.2; echo late) | $P --offline early"), (
             0, "early\n\nlate\n",
             "nemotron: waiting for standard input (-n leaves it alone)\n"))
@@ -2034,6 +2036,7 @@ class ConversationTests(Case):
                 self.assertIn(words, err)
                 self.assertEqual(self.file.read_text(encoding="latin-1"), text)
         self.assertEqual(main("-n", "-c", self.folder, "x")[0], 2)
+        self.assertEqual(main("-n", "-c", "", "x")[0], 2)
         self.assertEqual(main("-n", "-c", self.folder / "no" / "x", "x")[0], 2)
         self.assertEqual(self.server.requests, [])
 
@@ -2261,7 +2264,8 @@ class ReadmeTests(Case):
             if "unittest" not in code:
                 with self.subTest(code):
                     outputs.append(self.run_in_folder(["bash", "-euo", "pipefail", "-c", code]))
-        first, _, words, loop, jq, talk, batch = outputs
+        first, _, words, loop, jq, talk, batch, timed = outputs
+        self.assertEqual(timed, first)
         self.assertEqual(first, "Hello!\n")
         self.assertIn("Write a commit message for this diff.\n\ndiff --git", words)
         self.assertIn("\n\nSay this again, for a child.\n", words)
