@@ -26,6 +26,7 @@ import codecs
 import collections
 import contextlib
 import email.utils
+import errno
 import http.client
 import itertools
 import json
@@ -470,8 +471,8 @@ class Completion(Reply):
     @property
     def cost(self) -> float | None:
         """US dollars, as the provider estimates them (`usage.estimated_cost`)."""
-        cost = self.usage.get("estimated_cost")
-        return cost if is_number(cost) else None
+        cost: Any = self.usage.get("estimated_cost")
+        return cost if is_number(cost) and abs(cost) < 1e9 else None
 
     @property
     def cut(self) -> str:
@@ -485,7 +486,8 @@ def server_words(answer: Any, depth: int = 8) -> str:
     if isinstance(answer, dict) and depth:
         keys = ("error", "detail", "error_message", "message", "msg", "title")
         found = (server_words(answer.get(key), depth - 1) for key in keys)
-        where = ".".join(map(str, step(answer, "loc") or ()))  # FastAPI's
+        loc = answer.get("loc")  # FastAPI's
+        where = ".".join(map(str, loc)) if isinstance(loc, list) else ""
         return ": ".join(filter(None, (where, next(filter(None, found), ""))))
     if isinstance(answer, list) and depth:
         found = (server_words(item, depth - 1) for item in answer[:8])
@@ -1147,7 +1149,7 @@ class Batch:
     """
 
     def __init__(self, client: Client, requests: Iterable[tuple[int, Any]], jobs: int,
-                 defaults: JSON) -> None:
+                 defaults: JSON, seen: set[str] | None = None) -> None:
         import queue
         import threading
 
@@ -1158,7 +1160,7 @@ class Batch:
         self._rows: SimpleQueue[JSON | None] = queue.SimpleQueue()  # None: look again
         self._slots = threading.Semaphore(jobs)
         self._source = threading.Lock()  # held while the next request is made
-        self._seen: set[str] = set()
+        self._seen: set[str] = set() if seen is None else seen
         self._state = threading.Lock()  # never held for long; of the next four:
         self._over = False  # no more requests are taken
         self._flying = 0  # requests taken whose rows were not
@@ -1357,11 +1359,26 @@ STATUSES: dict[type[NemotronError], int] = {
 }
 
 
-def say(text: str) -> None:
-    """One line on standard error, if there is one."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(f"nemotron: {one_line(text)}"[: MAX_LINE - 1] + "\n")
+def write_stderr(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed
+        sys.stderr.write(text)
         sys.stderr.flush()
+
+
+def say(text: str) -> None:
+    """One line on standard error, in its encoding."""
+    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
+    line = f"nemotron: {one_line(text)}".encode(encoding, "backslashreplace")
+    write_stderr(line.decode(encoding)[: MAX_LINE - 1] + "\n")
+
+
+def write_all(file: Any, raw: bytes) -> None:
+    """Write all of it, also to a file without a buffer, which takes what it can."""
+    while raw:
+        written = file.write(raw)
+        if written is None:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        raw = raw[written:]
 
 
 class Page:
@@ -1381,7 +1398,7 @@ class Page:
 
     def write(self, piece: str) -> None:
         text = self._held + piece if self.begun else piece.lstrip()
-        shown = text.rstrip("\n")
+        shown = text.rstrip("\r\n")
         self._held = text[len(shown) :]
         if shown:
             self.begun = True
@@ -1390,7 +1407,7 @@ class Page:
     def end(self) -> None:
         """The reply is over; if any of it was written, so is its last newline."""
         if self.begun:
-            self._put(self._held.rstrip("\n") + "\n")
+            self._put(self._held.rstrip("\r\n") + "\n")
         self._held, self.begun = "", False
 
     def line(self, value: object) -> None:
@@ -1410,7 +1427,7 @@ class Page:
             sys.stdout.write(text)
             sys.stdout.flush()
         else:
-            self._file.write(raw)
+            write_all(self._file, raw)
             self._file.flush()
 
 
@@ -1435,22 +1452,27 @@ def read_stdin() -> str:
     if file is None:  # closed, or a StringIO, say
         return sys.stdin.read().rstrip("\r\n") if sys.stdin else ""
     pieces, said = [b""], wait_for_stdin()
-    while piece := file.read1(65536):
-        pieces.append(piece)
-        said = said or wait_for_stdin()
     try:
+        while piece := file.read1(65536):
+            pieces.append(piece)
+            said = said or wait_for_stdin()
         return b"".join(pieces).decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"standard input is not UTF-8: {error}") from None
+    except OSError as error:
+        raise InvalidRequestError(f"standard input: {error.strerror}") from None
 
 
-def stdin_lines() -> Iterable[bytes]:
+def stdin_lines() -> Iterator[bytes]:
     """The lines of standard input as they come."""
     wait_for_stdin()
-    try:  # with a buffer of its own: a thread may wait for a line when Python ends,
-        return open(sys.stdin.fileno(), "rb", closefd=False)  # with sys.stdin's locked
+    try:
+        # Its own buffer: when Python ends a thread may still wait for a line here.
+        file = open(sys.stdin.fileno(), "rb", closefd=False)
     except (OSError, AttributeError):
-        return (line.encode() for line in sys.stdin or ())
+        yield from (line.encode() for line in sys.stdin or ())
+    else:
+        yield from file
 
 
 # (group, flags, the value's name or "" for a switch, help); the sampling options are
@@ -1504,7 +1526,8 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
             if value:
                 kwargs = {"metavar": value, "type": str}
                 if value in ("N", "S", "X", "USD"):
-                    kwargs["type"] = read_json
+                    kwargs["type"] = lambda text: text if text == "null" else (
+                        read_json(text))
                 elif value == "KEY VALUE":
                     kwargs = {"metavar": tuple(value.split()), "nargs": 2,
                               "action": "append", "default": []}
@@ -1541,7 +1564,11 @@ def read_params(options: argparse.Namespace) -> JSON:
     params = {name: getattr(options, name, None) for name in DOCUMENTED}
     extra: JSON = {}
     for key, text in options.option:
-        (params if key in params else extra)[key] = read_json(text)
+        value = read_json(text)
+        with contextlib.suppress(InvalidRequestError):
+            to_json(value)  # which NaN is not
+            text = value
+        (params if key in params else extra)[key] = text
     return {**params, "extra": extra}
 
 
@@ -1587,14 +1614,19 @@ class Conversation:
 
     def keep(self, messages: list[JSON]) -> None:
         """Go on from these.  The file is the old one or the new one, never a part."""
+        if self._path:
+            try:
+                self._replace(messages)
+            except OSError as error:
+                raise NemotronError(f"{self._path}: {error.strerror}") from error
         self.messages = messages
-        if not self._path:
-            return
+
+    def _replace(self, messages: list[JSON]) -> None:
         import shutil
         import tempfile
 
-        folder, name = os.path.split(self._path)
-        handle, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
+        folder = os.path.dirname(self._path)
+        handle, temporary = tempfile.mkstemp(prefix=".nemotron.", dir=folder)
         try:
             with open(handle, "w", encoding="ascii") as file:
                 json.dump(messages, file, indent=1)
@@ -1604,10 +1636,8 @@ class Conversation:
             with contextlib.suppress(FileNotFoundError):
                 shutil.copymode(self._path, temporary)
             os.replace(temporary, self._path)
-        except BaseException as error:
+        except BaseException:
             os.unlink(temporary)
-            if isinstance(error, OSError):
-                raise NemotronError(f"{self._path}: {error.strerror}") from error
             raise
 
 
@@ -1648,35 +1678,43 @@ def ask(client: Client, options: argparse.Namespace, messages: list[JSON],
     return reply
 
 
-def read_turns(words: list[str]) -> Iterator[str]:
+def read_turns(words: list[str], no_stdin: bool) -> Iterator[str]:
     """What is said in a chat, turn by turn: the words, then standard input by lines."""
     if words:
         yield " ".join(words)
+    if no_stdin:
+        return
     if not is_terminal(sys.stdin):
         for line in stdin_lines():
             yield line.decode("utf-8-sig", "replace")
         return
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    edited = is_terminal(sys.stdout) and is_terminal(sys.stderr)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (input() then edits lines, and knows the last)
     while True:
         try:
-            if not is_terminal(sys.stdout):
-                print("> ", end="", file=sys.stderr, flush=True)
-            yield input("> " if is_terminal(sys.stdout) else "")
-        except UnicodeDecodeError as error:
-            say(f"this line is not UTF-8: {error}")
+            if edited:
+                yield input("> ")
+                continue
+            write_stderr("> ")
+            text = sys.stdin.readline()
+            if not text:
+                raise EOFError
+            yield text
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            write_stderr("\n")
         except EOFError:
-            print(file=sys.stderr)
+            write_stderr("\n")
             return
 
 
 def converse(client: Client, options: argparse.Namespace, conversation: Conversation,
              params: JSON) -> int:
     """A chat: a turn that fails is dropped, and the chat goes on."""
-    client._headers()  # without a token no turn could go well
-    for line in map(str.strip, read_turns(options.words)):
+    client._headers()  # without a token, or without an output, no turn could go well
+    Page()
+    for line in map(str.strip, read_turns(options.words, options.no_stdin)):
         messages = conversation.with_prompt(line)
         try:
             if line:
@@ -1701,6 +1739,8 @@ class Rows:
     def __init__(self, path: str) -> None:
         self._path = path
         self.answered: dict[str, bool] = {}
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InvalidRequestError(f"{path}: not a regular file")
         try:
             self._file = open(path, "a+b", buffering=0)
             self._lock()
@@ -1731,13 +1771,14 @@ class Rows:
         for number, line in enumerate(lines, 1):
             row = read_json(line.decode("utf-8", "replace"))
             whole = line.endswith(b"\n")
-            torn = line.startswith(self.START) or self.START.startswith(line)
+            torn = isinstance(row, str) and (
+                line.startswith(self.START) or self.START.startswith(line))
             if isinstance(row, dict) and self.FIELDS <= row.keys():
                 if row["error"] is None:
                     reply = Completion(step(row, "response", "body") or {})
                     self.answered[str(row["custom_id"])] = not reply.cut
                 if not whole:  # all of it but its end was written
-                    self._write(b"\n")
+                    write_all(self._file, b"\n")
                     break
             elif whole or not torn:
                 raise InvalidRequestError(f"{self._path}: line {number} is no row")
@@ -1745,13 +1786,9 @@ class Rows:
                 self._file.truncate(end)
             end += len(line)
 
-    def _write(self, raw: bytes) -> None:
-        while raw:
-            raw = raw[self._file.write(raw) :]
-
     def add(self, value: object) -> None:
         try:
-            self._write(json.dumps(value).encode("ascii") + b"\n")
+            write_all(self._file, json.dumps(value).encode("ascii") + b"\n")
         except OSError as error:
             raise NemotronError(f"{self._path}: {error.strerror}") from error
 
@@ -1800,10 +1837,8 @@ class Tally:
         """Over the same line; what is said next goes over it."""
         import shutil
 
-        width = shutil.get_terminal_size().columns - 1
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"\r{text[:width]:<{width}}\r")
-            sys.stderr.flush()
+        width = (shutil.get_terminal_size().columns or 80) - 1
+        write_stderr("\r" + text[:width].ljust(width) + "\r")
 
     def finish(self) -> None:
         if self._live:
@@ -1814,8 +1849,8 @@ class Tally:
         return 1 if self.failed else 3 if self.cut or self.stopped else 0
 
 
-def unanswered(lines: Iterable[bytes], answered: dict[str, bool], tally: Tally,
-               max_cost: float | None) -> Iterator[tuple[int, Any]]:
+def unanswered(lines: Iterable[bytes], answered: dict[str, bool], seen: set[str],
+               tally: Tally, max_cost: float | None) -> Iterator[tuple[int, Any]]:
     """(number, request) of each line that has no row yet, while there is money left."""
     for number, line in enumerate(lines, 1):
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -1825,8 +1860,10 @@ def unanswered(lines: Iterable[bytes], answered: dict[str, bool], tally: Tally,
             request = json.loads(line.decode("utf-8"))
         except (ValueError, RecursionError) as error:
             request = InvalidRequestError(f"line {number} is not JSON: {error}")
-        whole = answered.get(custom_id(number, request))
-        if whole is not None:
+        name = custom_id(number, request)
+        whole = answered.get(name)
+        if whole is not None and name not in seen:
+            seen.add(name)
             tally.before += 1
             tally.cut += not whole
         elif max_cost is not None and tally.cost >= max_cost:
@@ -1845,7 +1882,7 @@ def run_batch(client: Client, options: argparse.Namespace, params: JSON) -> int:
     total, live = 0, is_terminal(sys.stderr)
     with contextlib.ExitStack() as stack:
         if options.batch == "-":
-            lines = stdin_lines()
+            lines: Iterable[bytes] = stdin_lines()
         else:
             try:
                 lines = file = stack.enter_context(open(options.batch, "rb"))
@@ -1862,9 +1899,10 @@ def run_batch(client: Client, options: argparse.Namespace, params: JSON) -> int:
             rows = Rows(options.output)
             write, answered = rows.add, rows.answered
         tally = Tally(total, live)
-        requests = unanswered(lines, answered, tally, options.max_cost)
+        seen: set[str] = set()
+        requests = unanswered(lines, answered, seen, tally, options.max_cost)
         defaults = {**params, "system": options.system}
-        batch = Batch(client, requests, jobs, defaults)
+        batch = Batch(client, requests, jobs, defaults, seen)
         stack.callback(tally.finish)
         stack.enter_context(on_interrupt(batch.interrupt))
         for row in batch.rows():
@@ -1930,9 +1968,11 @@ def run(options: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """The command line; the exit status.  `argv` is without the program's name."""
     try:
-        return run(parse_options(sys.argv[1:] if argv is None else argv))
-    except SystemExit as end:  # of -h and --version
-        return int(end.code or 0)
+        try:
+            return run(parse_options(sys.argv[1:] if argv is None else argv))
+        except SystemExit as end:  # of -h and --version
+            sys.stdout.flush()
+            return int(end.code or 0)
     except KeyboardInterrupt:
         return 130
     except NemotronError as error:

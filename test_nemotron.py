@@ -479,6 +479,13 @@ class ReplyTests(Case):
         self.assertEqual((one.text, one.finish_reason), ("a", "stop"))
         self.assertEqual(nemotron.Chunk(delta("b", index=1)).text, "")
 
+    def test_a_cost_is_a_sensible_number(self):
+        for cost, expected in ((0, 0), (0.5, 0.5), (10**400, None), (1e308, None),
+                               (True, None), ("1", None), (float("nan"), None)):
+            with self.subTest(cost):
+                one = nemotron.Completion(usage={"estimated_cost": cost})
+                self.assertEqual(one.cost, expected)
+
     def test_message_goes_into_the_next_request(self):
         whole = nemotron.Completion(choices=[{"message": {
             "role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None}}])
@@ -907,6 +914,8 @@ ERROR_BODIES = (
                  {"loc": ["body"], "msg": "bad", "type": "y"}]},
      "body.top_p: too high; body: bad"),
     ({"object": "error", "message": "from vLLM"}, "from vLLM"),
+    ({"detail": [{"loc": 5, "msg": "odd place"}]}, "odd place"),
+    ({"error": {"message": 5}, "loc": 7}, "Words"),
     ({"title": "Gone", "status": 410, "detail": "retired in May"}, "retired in May"),
     ({"error": 429, "message": "numbers do not talk"}, "numbers do not talk"),
     ("Rate limited", "Rate limited"),
@@ -1608,15 +1617,26 @@ class BatchProgramTests(Case):
         self.write("x")
         server = self.serve(reply())
         for text in (b"hello", b"hello\n", b'{"prompt": "x"}\n', b'{"a": 1}', b"\n", b"[]\n",
-                     b'{"id": "other', self.requests.read_bytes()):
+                     b'{"id": "other', b'{"id": "batch_req_1", "mine": 1}',
+                     self.requests.read_bytes()):
             self.rows.write_bytes(text)
             with self.subTest(text):
                 status, _, err = self.run_batch(server, "--output", self.rows)
                 self.assertEqual(status, 2)
                 self.assertRegex(err, r"^nemotron: .*rows\.jsonl: line 1 is no row\n$")
                 self.assertEqual(self.rows.read_bytes(), text)
-        self.assertEqual(self.run_batch(server, "--output", self.folder)[0], 2)
+        for path in (self.folder, "/dev/null", "/dev/stdout"):
+            self.assertEqual(self.run_batch(server, "--output", path)[0], 2)
         self.assertEqual(server.requests, [])
+
+    def test_a_duplicate_stays_an_error_when_resumed(self):
+        self.write({"custom_id": "a", "prompt": "x"}, {"custom_id": "a", "prompt": "y"})
+        server = self.serve(echo_custom)
+        for _ in range(2):
+            self.assertEqual(self.run_batch(server, "--output", self.rows)[0], 1)
+        self.assertEqual(len(server.requests), 1)
+        codes = sorted((row["error"] or {}).get("code", "") for row in self.read())
+        self.assertEqual(codes, ["", "duplicate_custom_id", "duplicate_custom_id"])
 
     @unittest.skipUnless(POSIX, "kill -9")
     def test_kill_9_again_and_again(self):
@@ -1819,8 +1839,9 @@ class ProgramTests(Case):
                          "-o", "temperature", "0.5", "-o", "y", '{"a": [1]}', "x")
         self.assertEqual({k: body[k] for k in ("logprobs", "x", "n", "temperature", "y")}, {
             "logprobs": True, "x": "te xt", "n": 2, "temperature": 0.5, "y": {"a": [1]}})
+        self.assertEqual(self.sent("-o", "y", "NaN", "x")["y"], "NaN")
         for bad in (["n", "9"], ["tools", "x"], ["messages", "[]"], ["model", "x"],
-                    ["stream", "true"], ["temperature", "hot"], ["y", "NaN"]):
+                    ["stream", "true"], ["temperature", "hot"]):
             with self.subTest(bad):
                 status, out, err = main("-n", "-o", *bad, "x")
                 self.assertEqual((status, out), (2, ""))
@@ -1831,7 +1852,7 @@ class ProgramTests(Case):
     def test_usage_errors_send_nothing(self):
         for args in (["--temperature", "3", "x"], ["--top-k", "1.5", "x"], ["--nonsense"],
                      ["--seed", "-1", "x"], ["--timeout", "0", "x"], ["--retries", "x", "x"],
-                     ["--deadline", "soon", "x"], ["--base-url", "ftp://x", "x"], [],
+                     ["--deadline", "soon", "x"], ["--top-p", "null", "x"], ["--base-url", "ftp://x", "x"], [],
                      ["-i", "--dry-run"], ["-j", "5", "x", "--max-cost", "5"], ["-s"]):
             with self.subTest(args):
                 status, out, err = main(*args)
@@ -1841,7 +1862,7 @@ class ProgramTests(Case):
 
     def test_reply(self):
         for text, shown in (("  \n hi", "hi\n"), ("hi\n\n\n", "hi\n"), ("", "\n"),
-                            ("a\n\n b\n", "a\n\n b\n"), ("\x1b[2J\r\t\u20ac", "\x1b[2J\r\t\u20ac\n"),
+                            ("a\n\n b\n", "a\n\n b\n"), ("a\r\n\r\n", "a\n"), ("\x1b[2J\r\t\u20ac", "\x1b[2J\r\t\u20ac\n"),
                             ("half \ud83d", "half \ufffd\n"), ("\ude00 half", "\ufffd half\n")):
             chunks = [delta(c) for c in text] + [END]
             for args, what in (([], sse(*chunks)), (["--no-stream"], reply(text))):
@@ -1933,7 +1954,12 @@ class ProgramTests(Case):
             self.assertEqual(piped("$P -n --offline x 2>&-"), (0, "x\n", ""))
             status, _, err = piped("$P -n --offline x >&-")
             self.assertEqual((status, err.count("\n")), (2, 1))
+        self.assertEqual(piped("$P --offline x 0>/dev/null")[0], 2)
+        long = self.serve(answer(json.dumps({"error": "\u00e9" * 400}), status=400))
+        status, _, err = piped(f"$P -n x --base-url {long.url}", PYTHONIOENCODING="ascii")
+        self.assertEqual((status, len(err)), (1, 300))
         if os.path.exists("/dev/full"):
+            self.assertEqual(piped("$P -h > /dev/full")[0], 1)
             status, _, err = piped("$P -n --offline x > /dev/full")
             self.assertEqual(status, 1)
             self.assertRegex(err, r"^nemotron: standard output: .*space.*\n$")
@@ -2049,6 +2075,22 @@ class ConversationTests(Case):
         self.assertEqual(len(json.loads(self.file.read_text())), 6)
         self.assertEqual(len(self.server.requests[-1].json["messages"]), 5)
 
+    def test_words_alone(self):
+        self.assertEqual(main("-i", "-n", "one", stdin="two\n"), (0, "one\n", ""))
+
+    @unittest.skipUnless(POSIX, "folders without a way in")
+    def test_a_file_that_cannot_be_written_ends_no_chat(self):
+        def lose(request):
+            shutil.rmtree(self.folder / "sub", ignore_errors=True)
+            return echo_custom(request)
+
+        (self.folder / "sub").mkdir()
+        server = self.serve(lose)
+        status, out, err = main("-i", "-c", self.folder / "sub" / "chat.json", "one",
+                                "--base-url", server.url, stdin="two\n")
+        self.assertEqual((status, out), (0, "one\ntwo\n"))
+        self.assertEqual(err.count("No such file or directory"), 2)
+
     def test_an_error_drops_the_turn(self):
         server = self.serve(answer("maximum context length is 4096", status=400), echo_custom)
         status, out, err = main("-i", "one", "--base-url", server.url, stdin="two\n")
@@ -2066,12 +2108,14 @@ class Terminal:
     START = ("import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
              "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
 
-    def __init__(self, *args, stdout=None, **env):
+    def __init__(self, *args, stdout=None, code=None, **env):
         self.file, terminal = os.openpty()
+        what = ["-c", code] if code else [HERE / "nemotron.py", *map(str, args)]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.START, HERE / "nemotron.py", *map(str, args)],
+            [sys.executable, "-c", self.START, *what],
             stdin=terminal, stdout=stdout or terminal, stderr=terminal,
-            start_new_session=True, env=environment(TERM="xterm", COLUMNS="80", **env))
+            start_new_session=True, env=environment(**{"TERM": "xterm", "COLUMNS": "80",
+                                                       **env}))
         os.close(terminal)
         self.seen = ""
 
@@ -2182,6 +2226,28 @@ class TerminalTests(Case):
             screen.send("\x04")
             screen.end()
         self.assertEqual((self.folder / "out").read_bytes(), b"one\n")
+
+    def test_a_terminal_of_no_size(self):
+        requests = self.folder / "requests.jsonl"
+        requests.write_text('"a"\n')
+        screen = self.terminal("--batch", requests, "--output", self.folder / "rows",
+                               COLUMNS="0")
+        status, rest = screen.end()
+        self.assertEqual(status, 0)
+        self.assertRegex(rest, r"nemotron: 1 of 1 done, 0 failed, .*s\r\n$")
+
+    def test_a_chat_without_standard_error(self):
+        for number in (1, 2):
+            screen = self.terminal(code=(
+                f"import os, sys; os.close({number});"
+                f"os.execv(sys.executable, [sys.executable, {str(HERE / 'nemotron.py')!r},"
+                " '-i', 'one'])"))
+            if number == 2:
+                screen.expect("one\r\n")
+                screen.send("two\r")
+                screen.expect("two\r\ntwo\r\n")
+                screen.send("\x04")
+            self.assertEqual(screen.end()[0], 0 if number == 2 else 2)
 
     def test_progress_of_a_batch(self):
         requests = self.folder / "requests.jsonl"
