@@ -28,6 +28,7 @@ import contextlib
 import email.utils
 import errno
 import http.client
+import io
 import itertools
 import json
 import math
@@ -735,11 +736,59 @@ def parse_base_url(url: str) -> tuple[str, str, bool]:
     return parts.scheme, host, is_loopback(host)
 
 
+class TimedReader(io.RawIOBase):
+    """What a response with a deadline is read from: no wait for bytes is longer."""
+
+    def __init__(self, sock: socket.socket, raw: Any, silence: Callable[[], float]):
+        self._sock, self._raw, self._silence = sock, raw, silence
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> Any:
+        self._sock.settimeout(self._silence())
+        return self._raw.readinto(buffer)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class Handler(urllib.request.AbstractHTTPHandler):
+    """urllib's handlers of http and https, whose reads keep to `request.silence`."""
+
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+    def __init__(self, context: Any) -> None:
+        super().__init__()
+        self._https = {"context": context}
+
+    def http_open(self, request: Any) -> Any:
+        return self._open_timed(request, http.client.HTTPConnection, {})
+
+    def https_open(self, request: Any) -> Any:
+        return self._open_timed(request, http.client.HTTPSConnection, self._https)
+
+    def _open_timed(self, request: Any, kind: Any, kwargs: JSON) -> Any:
+        def respond(sock: socket.socket, *args: Any, **named: Any) -> Any:
+            response: Any = http.client.HTTPResponse(sock, *args, **named)
+            raw = TimedReader(sock, response.fp.detach(), request.silence)
+            response.fp = io.BufferedReader(raw)
+            return response
+
+        def connect(host: str, **named: Any) -> Any:
+            connection = kind(host, **named)
+            if request.silence:
+                connection.response_class = respond
+            return connection
+
+        return self.do_open(connect, request, **kwargs)
+
+
 def build_opener(scheme: str, host: str,
                  loopback: bool) -> urllib.request.OpenerDirector:
     """An opener that does HTTP and nothing else; APIConnectionError if it cannot."""
-    opener = urllib.request.OpenerDirector()
-    opener.add_handler(urllib.request.HTTPHandler())
+    opener, context = urllib.request.OpenerDirector(), None
     if scheme == "https":
         try:
             import ssl
@@ -748,7 +797,7 @@ def build_opener(scheme: str, host: str,
                                      "which https:// needs") from None
         context = ssl.create_default_context()  # 30 ms
         context.set_alpn_protocols(["http/1.1"])
-        opener.add_handler(urllib.request.HTTPSHandler(context=context))
+    opener.add_handler(Handler(context))
     if not loopback:
         proxies = urllib.request.getproxies()
         socks = proxies.get("https", "").lower().startswith("socks")
@@ -972,7 +1021,8 @@ class Client:
               until: float | None) -> http.client.HTTPResponse:
         """One attempt: the response, if it is a 200 that can be read."""
         url = self.base_url.rstrip("/") + "/chat/completions"
-        request = urllib.request.Request(url, payload)
+        request: Any = urllib.request.Request(url, payload)
+        request.silence = until and (lambda: self._silence(until))
         for name, value in headers.items():
             request.add_unredirected_header(name, value)
         assert self._opener
@@ -1173,7 +1223,7 @@ class Batch:
         import threading
 
         for _ in range(self._jobs):
-            threading.Thread(target=self._work, daemon=True).start()
+            threading.Thread(target=self._work, name="nemotron", daemon=True).start()
         try:
             while self._unfinished():
                 row = self._rows.get()

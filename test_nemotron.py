@@ -1137,6 +1137,31 @@ class FaultTests(Case):
             client.chat("x")
         self.assertEqual((client.slept, len(server.requests)), ([], 1))
 
+    @quiet
+    def test_deadline_of_dripping_headers(self):
+        raw = b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: y\r\n" % i for i in range(90))
+        for path in ("chat", "stream"):
+            dripped, enough = [], threading.Event()
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                def drip(listener=listener, dripped=dripped, enough=enough):
+                    connection, _ = listener.accept()
+                    with connection, contextlib.suppress(OSError):
+                        for i in range(len(raw)):
+                            connection.sendall(raw[i : i + 1])
+                            dripped.append(i)
+                            enough.wait(0.02)
+
+                thread = threading.Thread(target=drip)
+                thread.start()
+                client = nemotron.Client(
+                    base_url=f"http://127.0.0.1:{listener.getsockname()[1]}",
+                    deadline=0.3)
+                with self.subTest(path), self.assertRaises(nemotron.APITimeoutError):
+                    getattr(client, path)("x")
+                self.assertLess(len(dripped), len(raw))
+                enough.set()
+                thread.join(30)
+
     def test_deadline_bounds_the_silence_of_an_attempt(self):
         server = self.serve(answer(end="stall", framing="close"))
         client = server.client(timeout=600, deadline=0.3)
@@ -1249,9 +1274,13 @@ class SettingsTests(Case):
         client = nemotron.Client(token=TOKEN, base_url="https://x.invalid/v1", retries=0)
         with self.assertRaisesRegex(nemotron.APIConnectionError, "407"):
             client.chat("x")
-        request, = proxy.requests
-        self.assertEqual((request.method, request.path), ("CONNECT", "x.invalid:443"))
-        self.assertNotIn("authorization", request.headers)
+        client.deadline = 60
+        with self.assertRaisesRegex(nemotron.APIConnectionError, "407"):
+            client.chat("x")
+        self.assertEqual(len(proxy.requests), 2)
+        for request in proxy.requests:
+            self.assertEqual((request.method, request.path), ("CONNECT", "x.invalid:443"))
+            self.assertNotIn("authorization", request.headers)
         self.setenv(https_proxy="socks5://127.0.0.1:1")
         client = nemotron.Client(token=TOKEN, base_url="https://x.invalid/v1")
         with self.assertRaisesRegex(nemotron.APIConnectionError, "SOCKS"):
@@ -1331,6 +1360,7 @@ class TLSTests(Case):
         self.assertEqual(client.stream("x").completion().text, "a")
         with self.assertRaises(nemotron.IncompleteReplyError):
             client.stream("x").completion()
+        self.assertEqual(server.client(deadline=60).chat("x").text, "ok")
         rows = list(client.batch("abc", jobs=3))
         self.assertEqual([row["error"] for row in rows], [None] * 3)
 
@@ -1409,8 +1439,9 @@ class BatchTests(Case):
             next(rows)
             self.assertLessEqual(len(taken), 40 + 5)
         rows.close()
-        while server.flying:  # what was in flight is answered, and nobody minds
-            time.sleep(0.01)
+        for thread in threading.enumerate():  # what was in flight may end
+            if thread.name == "nemotron":
+                thread.join(30)
         self.assertLessEqual(server.most, 5)
         self.assertLessEqual(len(server.requests), 45)
 
