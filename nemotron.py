@@ -737,16 +737,17 @@ def parse_base_url(url: str) -> tuple[str, str, bool]:
 
 
 class TimedReader(io.RawIOBase):
-    """What a response with a deadline is read from: no wait for bytes is longer."""
+    """What a response is read from: each wait for bytes is as long as it may be now."""
 
     def __init__(self, sock: socket.socket, raw: Any, silence: Callable[[], float]):
         self._sock, self._raw, self._silence = sock, raw, silence
+        self.patience = math.inf  # seconds
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> Any:
-        self._sock.settimeout(self._silence())
+        self._sock.settimeout(min(self.patience, self._silence()))
         return self._raw.readinto(buffer)
 
     def close(self) -> None:
@@ -772,14 +773,13 @@ class Handler(urllib.request.AbstractHTTPHandler):
     def _open_timed(self, request: Any, kind: Any, kwargs: JSON) -> Any:
         def respond(sock: socket.socket, *args: Any, **named: Any) -> Any:
             response: Any = http.client.HTTPResponse(sock, *args, **named)
-            raw = TimedReader(sock, response.fp.detach(), request.silence)
-            response.fp = io.BufferedReader(raw)
+            reader = TimedReader(sock, response.fp.detach(), request.silence)
+            response.fp, response.reader = io.BufferedReader(reader), reader
             return response
 
         def connect(host: str, **named: Any) -> Any:
             connection = kind(host, **named)
-            if request.silence:
-                connection.response_class = respond
+            connection.response_class = respond
             return connection
 
         return self.do_open(connect, request, **kwargs)
@@ -878,6 +878,7 @@ class Client:
 
     _clock = staticmethod(time.monotonic)
     _sleep = staticmethod(time.sleep)
+    _grace = 5.0  # seconds that usage and [DONE] may take when a reply has ended
 
     def __init__(self, *, token: str | None = None, base_url: str | None = None,
                  model: str | None = None, timeout: float | None = 600.0,
@@ -1022,7 +1023,7 @@ class Client:
         """One attempt: the response, if it is a 200 that can be read."""
         url = self.base_url.rstrip("/") + "/chat/completions"
         request: Any = urllib.request.Request(url, payload)
-        request.silence = until and (lambda: self._silence(until))
+        request.silence = lambda: self._silence(until)
         for name, value in headers.items():
             request.add_unredirected_header(name, value)
         assert self._opener
@@ -1083,8 +1084,8 @@ class Stream:
     error stays one, however often the stream is asked.  `with` closes the connection.
     """
 
-    def __init__(self, client: Client, response: http.client.HTTPResponse,
-                 until: float | None, several: bool) -> None:
+    def __init__(self, client: Client, response: Any, until: float | None,
+                 several: bool) -> None:
         self._client, self._response, self._until = client, response, until
         self._joiner = Joiner(several)
         self._fresh = ""  # the text that the last chunk added
@@ -1152,8 +1153,10 @@ class Stream:
                 chunk = Chunk(read_object(data, event))
                 self._fresh = joiner.add(chunk)
                 yield chunk
-                if joiner.closed and joiner.fields.get("usage"):
-                    break  # nothing is missing: the server may fall silent now
+                if joiner.closed:
+                    if joiner.fields.get("usage"):
+                        break  # nothing is missing: the server may fall silent now
+                    self._response.reader.patience = self._client._grace
         except ReplyError as error:
             failure = error
         finally:

@@ -813,14 +813,15 @@ class StreamTests(Case):
                 with self.subTest(end, datas=datas):
                     self.assertEqual(client.stream("x").completion().text, "a")
 
-    def test_a_whole_reply_with_usage_waits_for_nothing(self):
-        client = self.client_of(sse(delta("a", "stop", usage=USAGE), done=False,
-                                    end="stall"), timeout=30)
-        began = threading.Timer(20, lambda: None)  # far below the server's patience
-        began.start()
-        self.assertEqual(client.stream("x").completion().usage, USAGE)
-        self.assertTrue(began.is_alive())
-        began.cancel()
+    def test_a_whole_reply_does_not_wait_for_a_silent_server(self):
+        for usage, grace in ((USAGE, 600), (None, 0.1)):
+            server = self.serve(sse(delta("a", "stop", usage=usage), done=False,
+                                    end="stall"))
+            client = server.client(timeout=600)
+            client._grace = grace
+            with self.subTest(usage):
+                self.assertEqual(client.stream("x").completion().text, "a")
+                self.assertEqual(server.flying, 1)  # the server has not ended it
 
     def test_cut_at_every_place(self):
         raw = b"".join(sse(delta("a"), END).pieces)
