@@ -1,34 +1,27 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
 # SPDX-FileCopyrightText: 2026 The nemotron.py authors
+# /// script
+# requires-python = ">=3.9"
+# dependencies = []
+# ///
 """Talk to Nemotron-4-340B-Instruct, or any OpenAI-compatible chat endpoint.
 
-One file, nothing but the standard library.  A reply is whole or it is an error.
+One file, standard library only.  A reply is complete, or it is an error.
 
-    import nemotron
-    print(nemotron.chat("Hello!").text)
-    for text in nemotron.stream("Hello!"):
-        print(text, end="", flush=True)
-
-    $ export DEEPINFRA_TOKEN=...
     $ python3 nemotron.py 'Name two techniques to cook lamb.'
-    $ git diff | python3 nemotron.py 'Write a commit message for this diff.'
+    >>> nemotron.chat("Name two techniques to cook lamb.").text
 
-The errors are in the section "Errors", the exit statuses at the end of `nemotron.py
--h`.  The sections stand bottom-up: all is pure down to "Client", which has all the
-network there is; "Batch", "Offline server" and "Command line" are built on it.
+Each section uses those above it; nothing above "Client" does any I/O.
 """
 
 from __future__ import annotations
 
-import _thread
-import codecs
 import collections
 import contextlib
 import email.utils
 import errno
 import http.client
-import io
 import itertools
 import json
 import math
@@ -36,418 +29,376 @@ import operator
 import os
 import random
 import re
-import select
+import reprlib
 import socket
 import sys
+import threading
 import time
-import urllib.parse
 import urllib.request
 
-TYPE_CHECKING = False  # typing is slow to import, and only type checkers need it
+TYPE_CHECKING = False  # importing typing takes 2 ms, and only type checkers need it
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Generator, Iterable, Iterator
-    from queue import SimpleQueue
-    from typing import Any, TypeVar
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from typing import Any, TypedDict, TypeVar
+
+    from typing_extensions import Unpack
 
     JSON = dict[str, Any]
-    Messages = str | list[JSON]
-    AnyError = TypeVar("AnyError", bound=Exception)
-    Result = TypeVar("Result")
+    Messages = str | Sequence[JSON]
+    T = TypeVar("T")
 
-__version__ = "1.0.0"
-__all__ = [
-    "MODEL", "BASE_URL", "chat", "stream", "batch", "build_request", "Client",
-    "Completion", "Chunk", "Stream", "offline", "main", "NemotronError",
-    "InvalidRequestError", "APIConnectionError", "APITimeoutError", "APIStatusError",
-    "AuthenticationError", "RateLimitError", "ReplyError", "IncompleteReplyError",
-]
+    class Params(TypedDict, total=False):
+        model: str | None
+        system: str | None
+        extra: JSON | None
+        temperature: float | None
+        top_p: float | None
+        min_p: float | None
+        top_k: int | None
+        max_tokens: int | None
+        presence_penalty: float | None
+        frequency_penalty: float | None
+        repetition_penalty: float | None
+        tool_choice: str | None
+        user: str | None
+        seed: int | None
+        stop: str | list[str] | None
+        n: int | None
+        tools: list[JSON] | None
+        response_format: JSON | None
+
+
+__version__ = "2.0.0"
+__all__ = ["MODEL", "BASE_URL", "chat", "stream", "batch", "build_request", "Client"]
+__all__ += ["Completion", "Chunk", "Stream", "offline", "main", "NemotronError"]
+__all__ += ["InvalidRequestError", "APIConnectionError", "APITimeoutError"]
+__all__ += ["APIStatusError", "AuthenticationError", "RateLimitError", "ReplyError"]
+__all__ += ["IncompleteReplyError"]
 
 MODEL = "nvidia/Nemotron-4-340B-Instruct"
 BASE_URL = "https://api.deepinfra.com/v1/openai"
-STOP_TOKEN = "</s>"  # the model's own; the provider sends it as a last piece of text
-MAX_REPLY = 64 << 20  # bytes of a blocking reply
-MAX_EVENT = 16 << 20  # bytes of one server-sent event
-MAX_ERROR = 1 << 20  # bytes of the body of an error
-MAX_WAIT = 120.0  # seconds; a server that asks for more is not waited for
-MAX_LINE = 300  # characters of a diagnostic
+MAX_BYTES = 64 << 20  # of a reply, or of one server-sent event
+MAX_MESSAGE = 280  # characters of an error message
+MAX_DELAY = 120.0  # seconds; a server that asks for a longer wait is not asked again
+GRACE = 5.0  # seconds to go on reading after the end of a streamed reply
 
 # ---------------------------------------------------------------------------- Errors
 
+CONTROLS = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+
+
+def escape_controls(text: str) -> str:
+    r"""Show control characters and direction overrides as escapes like \x1b."""
+    return re.sub(CONTROLS, lambda match: ascii(match[0])[1:-1], text)
+
 
 def one_line(text: str) -> str:
-    return visible(" ".join(text.split()))
+    """Return the text as one line that is safe to print, of MAX_MESSAGE characters."""
+    line = escape_controls(" ".join(text[: 4 * MAX_MESSAGE].split()))
+    return line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "..."
 
 
-def visible(text: str) -> str:
-    r"""The text with control characters but newline and tab shown as \x1b."""
-    return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text
-    )
+def describe(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class NemotronError(Exception):
-    """Anything that goes wrong here; `str()` of it is one line.
+    """Base class of the errors; str() of one is a single line."""
 
-    `code` names it in the rows of a batch.  The others are the server's where it
-    answered, else None: `body` is JSON or text, `retry_after` seconds.
-    """
-
-    code = "error"
+    code = "error"  # its name in the rows of a batch
+    exit_status = 1  # of the command line
+    retryable = False  # whether the same request may succeed later
     status_code: int | None = None
-    body: Any = None
+    body: Any = None  # of the response: JSON, or text
     request_id: str | None = None
-    retry_after: float | None = None
+    retry_after: float | None = None  # seconds
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
 
+    def __init_subclass__(cls, code: str, status: int = 1) -> None:
+        cls.code, cls.exit_status = code, status
 
-class InvalidRequestError(NemotronError, ValueError):
+
+class InvalidRequestError(NemotronError, ValueError, code="invalid_request", status=2):
     """The caller's mistake; nothing was sent."""
 
-    code = "invalid_request"
+
+class APIConnectionError(NemotronError, code="connection"):
+    """There is no usable connection to the server."""
 
 
-class APIConnectionError(NemotronError):
-    """No usable connection to the server."""
-
-    code = "connection"
+class APITimeoutError(APIConnectionError, TimeoutError, code="timeout"):
+    """`timeout` or `deadline` has passed (in a stream: before its status 200)."""
 
 
-class APITimeoutError(APIConnectionError, TimeoutError):
-    """`timeout` or `deadline` has passed (for a stream: before its 200)."""
-
-    code = "timeout"
-
-
-class APIStatusError(NemotronError):
+class APIStatusError(NemotronError, code="api_status"):
     """The server answered with a status other than 200."""
 
-    code = "api_status"
+
+class AuthenticationError(APIStatusError, code="authentication", status=4):
+    """Status 401, 402 or 403; or no usable token, and status_code is None."""
 
 
-class AuthenticationError(APIStatusError):
-    """401, 402, 403; or there is no usable token (`status_code` is None)."""
-
-    code = "authentication"
+class RateLimitError(APIStatusError, code="rate_limit", status=5):
+    """Status 429 or 503: the server is busy."""
 
 
-class RateLimitError(APIStatusError):
-    """429, 503: busy, try later."""
-
-    code = "rate_limit"
-
-
-class ReplyError(NemotronError):
-    """A 200, but not an answer; `partial` is the `Completion` of what came before."""
-
-    code = "reply"
+class ReplyError(NemotronError, code="reply"):
+    """Status 200, but not an answer; partial is the Completion received so far."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         self.partial = Completion()
 
 
-class IncompleteReplyError(ReplyError):
-    """The stream stopped before its end; `partial` is the `Completion` so far."""
-
-    code = "incomplete_reply"
+class IncompleteReplyError(ReplyError, code="incomplete_reply", status=3):
+    """The stream stopped before the reply ended; partial is what was received."""
 
 
 # ------------------------------------------------------------------------ Parameters
 
 
-def not_(value: object) -> str:
-    return f"not {value!r:.80}"
-
-
-def is_integer(value: object) -> bool:
+def is_number(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def is_number(value: object) -> bool:
-    return is_integer(value) or isinstance(value, float) and math.isfinite(value)
-
-
-def is_list_of(kind: type, value: object) -> bool:
+def is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 KINDS: dict[str, Callable[[Any], bool]] = {
     "a number": is_number,
-    "an integer": is_integer,
+    "an integer": lambda value: is_number(value) and isinstance(value, int),
     "a string": lambda value: isinstance(value, str),
     "none or auto": lambda value: value in ("none", "auto"),
-    "a string, or a list of 1 to 16": lambda value: isinstance(value, str)
-    or is_list_of(str, value) and 1 <= len(value) <= 16,
+    "a string or a list of 1 to 16": lambda value: (
+        isinstance(value, str) or is_list_of(str, value) and 1 <= len(value) <= 16
+    ),
     "a list of objects": lambda value: is_list_of(dict, value),
     "an object": lambda value: isinstance(value, dict),
 }
 
 
-class Parameter(
-    collections.namedtuple("Parameter", "name kind range default help", defaults=[""])
-):
-    """A row of the table; `range` reads as in the provider's documentation."""
-
-    def check(self, value: Any) -> None:
-        """Raise InvalidRequestError unless value is of the kind and in the range."""
-        fits = KINDS[self.kind](value)
-        if fits and self.range:
-            low, above, _, below, high = self.range.split()
-            less = {"<": operator.lt, "<=": operator.le}
-            fits = less[above](float(low), value) and less[below](value, float(high))
-        if not fits:
-            wanted = f"{self.kind}, {self.range}".rstrip(", ")
-            raise InvalidRequestError(f"{self.name} must be {wanted}; {not_(value)}")
+def read_table(text: str) -> list[list[str]]:
+    """Return the rows of a table, one a line, whose cells are separated by "|"."""
+    return [[cell.strip() for cell in row.split("|")] for row in text.splitlines()]
 
 
-# Names, ranges and defaults are those of the provider's page for the model.  `seed` is
-# below 2^63, which that page prints as JavaScript does, 9223372036854776000.  `stop`,
-# `n`, `tools` and `response_format` are in the provider's OpenAPI file only.
-PARAMETERS = tuple(Parameter(*row) for row in (
-    ("temperature", "a number", "0 <= temperature <= 2", "1",
-     "how random: 0.2 is focused, 0.8 is varied"),
-    ("top_p", "a number", "0 < top_p <= 1", "1",
-     "sample from the likeliest tokens that together have this probability"),
-    ("min_p", "a number", "0 <= min_p <= 1", "0",
-     "leave out tokens less likely than this share of the likeliest; 0 is off"),
-    ("top_k", "an integer", "0 <= top_k < 1000", "0",
-     "sample from this many likeliest tokens; 0 is off"),
-    ("max_tokens", "an integer", "0 <= max_tokens <= 1000000", "",
-     "the most tokens to generate; input and output share the context"),
-    ("presence_penalty", "a number", "-2 <= presence_penalty <= 2", "0",
-     "above 0: less of what has appeared, more new topics"),
-    ("frequency_penalty", "a number", "-2 <= frequency_penalty <= 2", "0",
-     "above 0: less of what has appeared often"),
-    ("repetition_penalty", "a number", "0.01 <= repetition_penalty <= 5", "1",
-     "the same, multiplied: above 1 penalizes, below 1 encourages"),
-    ("tool_choice", "none or auto", "", "",
-     "whether the model may call a tool"),
-    ("user", "a string", "", "",
-     "a hashed id of your end user, to detect abuse"),
-    ("seed", "an integer", "0 <= seed < 9223372036854775808", "",
-     "for replies that repeat, as far as the server can; random if not given"),
-    ("stop", "a string, or a list of 1 to 16", "", "",
-     "end the reply before this text"),
-    ("n", "an integer", "1 <= n <= 4", "1",
-     "how many replies"),
-    ("tools", "a list of objects", "", "",
-     "the functions that the model may call"),
-    ("response_format", "an object", "", "",
-     'such as {"type": "json_object"}'),
-))
-SETTINGS = tuple(Parameter(*row) for row in (
-    ("model", "a string", "", MODEL),
-    ("base_url", "a string", "", BASE_URL),
-    ("timeout", "a number", "0 < timeout <= 1e6", "600"),
-    ("deadline", "a number", "0 < deadline <= 1e6", ""),
-    ("retries", "an integer", "0 <= retries <= 1000", "2"),
-    ("jobs", "an integer", "1 <= jobs <= 200", "8"),
-    ("max_cost", "a number", "0 <= max_cost <= 1e9", ""),
-    ("system", "a string", "", ""),
-    ("extra", "an object", "", ""),
-))
-BY_NAME = {row.name: row for row in (*PARAMETERS, *SETTINGS)}
-DOCUMENTED = tuple(row.name for row in PARAMETERS)
+# Names, ranges and the server's defaults are those of the provider's page of the model,
+# which prints the bound of seed, 2**63, as JavaScript does.  stop, n, tools and
+# response_format are in its OpenAPI file only.
+PARAMETERS = read_table("""\
+temperature        | a number   | 0 <= x <= 2       | 1 | lower is more focused
+top_p              | a number   | 0 < x <= 1        | 1 | probability to sample from
+min_p              | a number   | 0 <= x <= 1       | 0 | least share of the likeliest
+top_k              | an integer | 0 <= x < 1000     | 0 | how many to choose from
+max_tokens         | an integer | 0 <= x <= 1000000 |   | most tokens to generate
+presence_penalty   | a number   | -2 <= x <= 2      | 0 | above 0: more new topics
+frequency_penalty  | a number   | -2 <= x <= 2      | 0 | above 0: less repetition
+repetition_penalty | a number   | 0.01 <= x <= 5    | 1 | above 1: less repetition
+tool_choice        | none or auto |                 |   | whether it may call a tool
+user               | a string   |                   |   | hashed ID of your end user
+seed               | an integer | 0 <= x < 9223372036854775808 |  | to repeat a reply
+stop               | a string or a list of 1 to 16 | | | end the reply before this text
+n                  | an integer | 1 <= x <= 4       | 1 | number of replies
+tools              | a list of objects |            |   | functions that it may call
+response_format    | an object  | | | such as {"type": "json_object"}""")
+SETTINGS = read_table("""\
+model    | a string   |                  | | belongs to chat() or Client()
+system   | a string   |                  | | belongs to chat()
+extra    | an object  |                  | | belongs to chat()
+base_url | a string   |                  | | belongs to Client()
+token    | a string   |                  | | belongs to Client()
+timeout  | a number   | 0 < x <= 1000000 | | belongs to Client()
+deadline | a number   | 0 < x <= 1000000 | | belongs to Client()
+retries  | an integer | 0 <= x <= 1000   | | belongs to Client()
+jobs     | an integer | 1 <= x <= 200    | | belongs to batch()
+output   | a string   |                  | | belongs to batch()
+stream   |            |                  | | is chosen by calling stream()
+max_cost | a number   | 0 <= x <= 1000000 | | belongs to the command line""")
+ROWS = {row[0]: row for row in PARAMETERS + SETTINGS}
+PARAMETER_NAMES = [row[0] for row in PARAMETERS]
+REQUEST_NAMES = [*PARAMETER_NAMES, "model", "system", "extra"]
 
 
-def given(values: JSON) -> JSON:
-    """The values that are not None, each of them checked."""
-    values = {name: value for name, value in values.items() if value is not None}
+def check_value(name: str, value: Any) -> None:
+    """Raise InvalidRequestError unless a value fits its row of the tables."""
+    _, kind, limits, _, _ = ROWS[name]
+    valid = KINDS[kind](value)
+    if valid and limits:
+        low, above, _, below, high = limits.split()
+        less = {"<": operator.lt, "<=": operator.le}
+        valid = less[above](float(low), value) and less[below](value, float(high))
+    if not valid:
+        expected, got = f"{kind}, {limits}".rstrip(", "), reprlib.repr(value)
+        raise InvalidRequestError(f"{name} must be {expected}; got {got}")
+
+
+def check_parameters(values: Any) -> JSON:
+    """Return those that are not None.  Raises InvalidRequestError."""
     for name, value in values.items():
-        BY_NAME[name].check(value)
-    return values
+        if name not in REQUEST_NAMES:
+            import difflib
+
+            nearest = difflib.get_close_matches(name, REQUEST_NAMES, 1, 0.0)[0]
+            advice = f"did you mean {nearest}? (undocumented fields go into extra)"
+            if name in ROWS:
+                advice = f"it {ROWS[name][-1]}"
+            raise InvalidRequestError(
+                f"{name:.80} is not a request parameter: {advice}"
+            )
+        if value is not None:
+            check_value(name, value)
+    return {name: value for name, value in values.items() if value is not None}
 
 
 # --------------------------------------------------------------------------- Request
 
 
-def problem_with(message: Any) -> str:
-    """What is wrong with a message; "" if nothing."""
-    if not isinstance(message, dict):
-        return "a message must be an object"
-    role, content, calls = (message.get(k) for k in ("role", "content", "tool_calls"))
-    if role not in ("system", "user", "assistant", "tool"):
-        return f"role must be system, user, assistant or tool; {not_(role)}"
-    if role == "tool" and not isinstance(message.get("tool_call_id"), str):
-        return "a tool's message must have its tool_call_id"
-    silent = role == "assistant" and content is None and calls
-    if isinstance(content, str) or silent and is_list_of(dict, calls):
-        return ""
-    return f"content must be a string; {not_(content)}"
+def dig(default: T, value: Any, *path: Any) -> T:
+    """Return value[path[0]]..., or default if it is missing or of another type."""
+    try:
+        for key in path:
+            value = value[key]
+    except (LookupError, TypeError):
+        return default
+    return value if default is None or isinstance(value, type(default)) else default
+
+
+raw_decode = json.JSONDecoder().raw_decode  # which is what takes the time of loads()
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text without white space around it."""
+    value, end = raw_decode(text)
+    if end != len(text):
+        raise ValueError("more than JSON")
+    return value
+
+
+def read_json(text: str) -> Any:
+    """Return the value of a JSON text, or the text itself if it is not JSON."""
+    try:
+        return parse_json(text.strip())
+    except (ValueError, RecursionError):
+        return text
+
+
+def to_json(value: object) -> str:
+    """Return the value as JSON on one line, in ASCII.  Raises InvalidRequestError."""
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"not JSON: {error}") from None
 
 
 def check_messages(messages: Any) -> list[JSON]:
-    """A copy of the messages, each of them sound, and at most one the system's.
-
-    Raises InvalidRequestError, which names the message by its index.
-    """
+    """Return copies of the messages.  Raises InvalidRequestError, which names one."""
     if not isinstance(messages, (list, tuple)):
-        raise InvalidRequestError(f"messages must be text or a list; {not_(messages)}")
+        got = reprlib.repr(messages)
+        raise InvalidRequestError(f"messages must be a string or a list; got {got}")
     systems = 0
     for index, message in enumerate(messages):
-        problem = problem_with(message)
-        systems += not problem and message["role"] == "system"
-        if problem or systems > 1 and message["role"] == "system":
-            problem = problem or "a second system message"
-            raise InvalidRequestError(f"messages[{index}]: {problem}")
+        role, content = dig("", message, "role"), dig(None, message, "content")
+        systems += role == "system"
+        if role not in ("system", "user", "assistant", "tool"):
+            problem = "role must be system, user, assistant or tool"
+        elif systems > 1:
+            problem = "a second system message"
+        elif role == "tool" and not isinstance(message.get("tool_call_id"), str):
+            problem = "a tool message must have a tool_call_id"
+        elif content is None and role == "assistant" and message.get("tool_calls"):
+            problem = ""
+        else:
+            valid = isinstance(content, str) or content and is_list_of(dict, content)
+            problem = "" if valid else "content must be a string or a list of objects"
+        if problem:
+            got = reprlib.repr(message)
+            raise InvalidRequestError(f"messages[{index}]: {problem}; got {got}")
     return [dict(message) for message in messages]
 
 
-def build_request(messages: Messages, *, model: str | None = MODEL,
-                  stream: bool = False, system: str | None = None,
-                  extra: JSON | None = None, **params: Any) -> JSON:
-    """The JSON body of a request, validated; what is not given is not in it.
+def last_turn(messages: list[JSON]) -> tuple[int, str]:
+    """Return the index and role of the last message, system messages left out."""
+    turns = [(i, m["role"]) for i, m in enumerate(messages) if m["role"] != "system"]
+    return turns[-1] if turns else (-1, "")
 
-    `messages` is one user message, or a list of message objects: (user, assistant,
-    tool)*, user, and one system message anywhere.  `system` is put in front of them.
-    `params` are those of `PARAMETERS`.  `extra` holds any other fields, which go into
-    the body as they are.  Raises InvalidRequestError.
+
+def build_request(
+    messages: Messages,
+    *,
+    model: str | None = MODEL,
+    stream: bool = False,
+    system: str | None = None,
+    extra: JSON | None = None,
+    **params: Any,
+) -> JSON:
+    """Return the JSON body of a request; what is not given is not in it.
+
+    messages  a string, which is one user message, or a list of message objects
+    system    the text of a system message to put in front of them
+    params    the names in PARAMETERS, with the ranges given there
+    extra     other fields, which go into the body last and are not checked
+
+    Raises InvalidRequestError.
     """
-    for name in params:
-        if name not in DOCUMENTED:
-            import difflib
-
-            known = (*DOCUMENTED, "model", "system", "extra")
-            nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
-            raise InvalidRequestError(f"unknown parameter {name:.80}: did you mean "
-                                      f"{nearest}? (any other field goes into extra)")
-    settings = given({"model": model or None, "system": system, "extra": extra})
+    params.update(model=model, system=system, extra=extra)
+    given = check_parameters(params)
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     checked = check_messages(messages)
-    turns = [i for i, message in enumerate(checked) if message["role"] != "system"]
-    if not turns:
-        raise InvalidRequestError("messages: there is no user message")
-    if checked[turns[-1]]["role"] == "assistant":
-        raise InvalidRequestError(f"messages[{turns[-1]}]: the last message must be "
-                                  "the user's, or a tool's")
-    if system is not None:
-        if len(turns) < len(checked):
-            raise InvalidRequestError("system is given, and is in messages too")
-        checked.insert(0, {"role": "system", "content": system})
-    body: JSON = {"model": settings.get("model", MODEL), "messages": checked}
+    last, role = last_turn(checked)
+    if role not in ("user", "tool"):
+        problem = "the last message must be a user's or a tool's"
+        raise InvalidRequestError(f"messages[{max(last, 0)}]: {problem}")
+    if given.pop("system", None) is not None:
+        checked = check_messages([{"role": "system", "content": system}, *checked])
+    body = {"model": given.pop("model", MODEL), "messages": checked}
     if stream:
         body["stream"] = True
-    body.update(given(params))
-    extra = settings.get("extra", {})
+    fields = given.pop("extra", {})
     for name in ("messages", "model", "stream"):
-        if name in extra:
-            raise InvalidRequestError(f"any other field: {name} has a place of its own")
-    return {**body, **extra}
-
-
-def custom_id(number: int, item: object) -> str:
-    """The name of a request of a batch: its own, or its number's."""
-    name = item.get("custom_id") if isinstance(item, dict) else None
-    return name if isinstance(name, str) else f"line-{number}"
-
-
-def read_request(item: Any, defaults: JSON) -> JSON:
-    """The body of a request of a batch, in any of the forms that a batch takes.
-
-    `defaults` are keywords of `build_request`.  Raises InvalidRequestError.
-    """
-    fields = {"prompt": item} if isinstance(item, str) else item
-    if not isinstance(fields, dict):
-        raise InvalidRequestError(f"a request must be an object or text; {not_(item)}")
-    if not isinstance(fields.get("custom_id") or "", str):
-        raise InvalidRequestError("custom_id must be a string")
-    if "body" in fields:
-        url, method = fields.get("url"), fields.get("method")
-        if method not in (None, "POST") or not (
-            url is None or str(url).endswith("/chat/completions")
-        ):
-            raise InvalidRequestError(f"not a chat completion: {method} {url!s:.80}")
-        fields = fields["body"]
-        if not isinstance(fields, dict):
-            raise InvalidRequestError(f"body must be an object; {not_(fields)}")
-    rest = {k: v for k, v in fields.items() if k not in ("custom_id", "stream")}
-    messages, prompt = rest.pop("messages", None), rest.pop("prompt", None)
-    if (messages is None) == (prompt is None) or not isinstance(prompt or "", str):
-        raise InvalidRequestError("a request must have messages, or a prompt, a string")
-    known = {name: rest.pop(name, None) for name in ("model", "system", *DOCUMENTED)}
-    params = {**defaults, **{k: v for k, v in known.items() if v is not None}}
-    params["extra"] = {**(defaults.get("extra") or {}), **rest}
-    if known["system"] is None and is_list_of(dict, messages) and any(
-            message.get("role") == "system" for message in messages):
-        params["system"] = None  # its own goes before the default
-    return build_request(prompt if messages is None else messages, **params)
-
-
-def to_json(value: object) -> bytes:
-    """Strict JSON on one line, in ASCII, which survives any locale, and in which the
-    halves of a surrogate pair that came apart meet again."""
-    try:
-        return json.dumps(value, allow_nan=False).encode("ascii")
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidRequestError(f"this is not JSON: {error}") from None
+        if name in fields:
+            raise InvalidRequestError(f"{name} cannot be set by extra, or -o")
+    return {**body, **given, **fields}
 
 
 # ----------------------------------------------------------------------------- Reply
 
-raw_decode = json.JSONDecoder().raw_decode  # loads() would look for white space again
-
-
-def read_json(text: str) -> Any:
-    """The value of a JSON text; the very text where it is none."""
-    stripped = text.strip()
-    try:
-        value, end = raw_decode(stripped)
-    except (ValueError, RecursionError):
-        return text
-    return value if end == len(stripped) else text
-
-
-def step(value: Any, *path: Any) -> Any:
-    """value[a][b]..., or None where there is no such thing."""
-    for key in path:
-        try:
-            value = value[key]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return value
-
-
-def index_of(choice: JSON, position: int) -> int:
-    index = choice.get("index")
-    return index if isinstance(index, int) else position
+STOP_TOKEN = "</s>"  # the model's own; the provider sends it as the last piece of text
+INCOMPLETE = ("length", "content_filter", "abort", "error")  # values of finish_reason
+RUNNING_TEXT = ("content", "reasoning_content", "reasoning", "refusal", "arguments")
+MAX_DEPTH = 100  # levels of nesting in a chunk
+PLAIN_CHOICE, PLAIN_MESSAGE = {"index", "delta", "finish_reason"}, {"role", "content"}
+ODD_SHAPE = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
 class Reply(dict[str, "Any"]):
-    """The server's JSON, untouched; no property of it raises."""
+    """The server's JSON, untouched.  The properties describe choice 0; none raises."""
 
-    @property
-    def choices(self) -> list[JSON]:
-        choices: list[JSON] = self.get("choices", [])
-        return choices if is_list_of(dict, choices) else []
-
-    def first(self, *path: Any) -> Any:
-        """What is at this path in choice 0; None if nothing is."""
-        for position, choice in enumerate(self.choices):
-            if index_of(choice, position) == 0:
-                return step(choice, *path)
-        return None
+    def _dig(self, default: T, *path: Any) -> T:
+        choices: list[Any] = dig([], self, "choices")
+        first = next((c for c in choices if dig(0, c, "index") == 0), None)
+        return dig(default, first, *path)
 
     @property
     def text(self) -> str:
-        """The text of choice 0; or ""."""
-        text = self.first("delta", "content") or self.first("message", "content")
-        return text if isinstance(text, str) else ""
+        """The text; "" if there is none."""
+        return self._dig("", "message", "content") or self._dig("", "delta", "content")
 
     @property
     def finish_reason(self) -> str | None:
-        """"stop", "length", "tool_calls", "content_filter"... of choice 0; or None."""
-        reason = self.first("finish_reason")
-        return reason if isinstance(reason, str) else None
+        """Such as "stop", "length" or "tool_calls"; None if not finished."""
+        return self._dig("", "finish_reason") or None
 
     @property
     def usage(self) -> JSON:
-        """prompt_tokens, completion_tokens, total_tokens...; or {}."""
-        usage = self.get("usage")
-        return usage if isinstance(usage, dict) else {}
+        """prompt_tokens, completion_tokens, total_tokens ...; {} if there is none."""
+        return dig({}, self, "usage")
 
 
 class Chunk(Reply):
@@ -459,639 +410,524 @@ class Completion(Reply):
 
     @property
     def tool_calls(self) -> list[JSON]:
-        """The tool calls of choice 0; or []."""
-        calls: list[JSON] = self.first("message", "tool_calls")
+        """The tool calls; [] if there are none."""
+        calls: list[JSON] = self._dig([], "message", "tool_calls")
         return calls if is_list_of(dict, calls) else []
 
     @property
     def message(self) -> JSON:
-        """The reply as an assistant's message, for the `messages` of the next turn."""
+        """The reply as an assistant message, for the messages of the next request."""
         calls = {"tool_calls": self.tool_calls} if self.tool_calls else {}
         return {"role": "assistant", "content": self.text, **calls}
 
     @property
     def cost(self) -> float | None:
-        """US dollars, as the provider estimates them (`usage.estimated_cost`)."""
-        cost: Any = self.usage.get("estimated_cost")
-        return cost if is_number(cost) and abs(cost) < 1e9 else None
-
-    @property
-    def cut(self) -> str:
-        """"length" or "content_filter", if that ended a choice; else ""."""
-        reasons = [choice.get("finish_reason") for choice in self.choices]
-        return next((r for r in ("length", "content_filter") if r in reasons), "")
+        """US dollars: `usage.estimated_cost`, else `usage.cost`; None if unknown."""
+        costs: list[Any] = [self.usage.get(name) for name in ("estimated_cost", "cost")]
+        return next((c for c in costs if is_number(c) and abs(c) < 1e9), None)
 
 
-def server_words(answer: Any, depth: int = 8) -> str:
-    """What the server says has gone wrong, in its own words; or ""."""
-    if isinstance(answer, dict) and depth:
-        keys = ("error", "detail", "error_message", "message", "msg", "title")
-        found = (server_words(answer.get(key), depth - 1) for key in keys)
-        loc = answer.get("loc")  # FastAPI's
-        where = ".".join(map(str, loc)) if isinstance(loc, list) else ""
-        return ": ".join(filter(None, (where, next(filter(None, found), ""))))
-    if isinstance(answer, list) and depth:
-        found = (server_words(item, depth - 1) for item in answer[:8])
-        return "; ".join(filter(None, found))
-    if not isinstance(answer, str) or not answer.lstrip().startswith("<"):
-        return answer if isinstance(answer, str) else ""
-    import html
-
-    title = re.search(r"<title[^>]*>(.*?)</title", answer, re.I | re.S)
-    return html.unescape(title[1]) if title else ""
+def server_message(answer: Any) -> str:
+    """Return what the server says went wrong, in its own words; "" if nothing."""
+    while isinstance(answer, dict):
+        values = map(answer.get, ("error", "detail", "error_message", "message"))
+        answer = next((v for v in values if v and isinstance(v, (str, dict, list))), "")
+    text = answer if isinstance(answer, str) else json.dumps(answer)
+    return "" if text.lstrip().startswith("<") else text  # a page of HTML
 
 
-def read_object(text: str, event: str = "") -> JSON:
-    """The JSON object of a reply or a chunk; ReplyError where it is anything else."""
-    answer = read_json(text)
-    if event == "error":
-        raise ReplyError(f"the server failed: {server_words(answer) or text}")
-    if not isinstance(answer, dict):
-        words = server_words(text) or text
-        raise ReplyError(f"the reply is not a JSON object: {words}")
-    if answer.get("error") or not answer.get("choices"):
-        for name in ("error", "detail", "error_message"):
-            if answer.get(name) is not None:
-                raise ReplyError(f"the server failed: {server_words(answer) or text}")
-    return answer
+def find_failure(answer: Any) -> str:
+    """Return the server's message if a reply or chunk is an error; "" if it is not."""
+    choices = answer.get("choices") or []
+    for part in (answer, *choices):
+        if part.get("error"):
+            return server_message(part) or json.dumps(part["error"])
+    return "" if choices else server_message(answer)
 
 
-class Choice:
-    """One choice, joined from its deltas."""
+class MergedList(dict):  # type: ignore[type-arg]
+    """The items of a list while it is merged, by index or a key of their own."""
+
+
+def merge(target: Any, source: JSON, depth: int = 0) -> None:
+    """Merge a part of a reply into what came before it, by rules, not field by field.
+
+    Running text is a bytearray meanwhile; a list of pieces is ten times as large.
+    """
+    if depth > MAX_DEPTH:
+        raise RecursionError
+    for key, value in source.items():
+        old = target.get(key)
+        if isinstance(value, dict):
+            if type(old) is not dict:
+                old = target[key] = {}
+            merge(old, value, depth + 1)
+        elif isinstance(value, list):
+            if not isinstance(old, MergedList):
+                old = target[key] = MergedList()
+            for item in value:
+                if dig(None, item, "index") is None:
+                    old[object()] = item
+                else:
+                    rest = {k: v for k, v in item.items() if k != "index"}
+                    merge(old.setdefault(item["index"], {}), rest, depth + 1)
+        elif key in RUNNING_TEXT and value is not None:
+            if not isinstance(old, bytearray):
+                old = target[key] = bytearray()
+            old += value.encode("utf-8", "surrogatepass")
+        elif key not in target or value not in (None, ""):
+            target[key] = value
+
+
+def unmerge(value: Any) -> Any:
+    """Return what was merged as JSON."""
+    if isinstance(value, bytearray):
+        return value.decode("utf-8", "surrogatepass")
+    if isinstance(value, MergedList):
+        return [unmerge(item) for item in value.values()]
+    if isinstance(value, dict):
+        return {key: unmerge(item) for key, item in value.items()}
+    return value
+
+
+class ChunkMerger:
+    """Merges the chunks of a stream into one Completion."""
 
     def __init__(self) -> None:
-        self.text = bytearray()  # of UTF-8: a list of pieces would take ten times that
-        self.held = ""  # a stop token, which is text if text follows it
-        self.finish_reason: Any = None
-        self.tool_calls: list[JSON] = []
+        self.choices: dict[Any, JSON] = {}  # by index
+        self.is_finished = False  # whether every choice that came has a finish_reason
+        self._finished: set[Any] = set()  # the indexes of those that have one
+        self._stop_tokens: dict[Any, str] = {}  # by index; text, if text follows
+        self._texts: dict[Any, bytearray | None] = {}  # the content of each choice
+        self._head: JSON = {}  # all of the reply but its choices
+        self._last_head: JSON = {}  # of the last chunk; most of it stays the same
 
-    def add(self, delta: JSON) -> str:
-        """Take in a delta, or a message; the text that it adds."""
-        if delta.get("tool_calls"):
-            self.add_tool_calls(delta["tool_calls"])
-        content = delta.get("content")
-        if not content or not isinstance(content, str):
-            return ""
-        fresh, self.held = self.held + content, ""
-        if content == STOP_TOKEN:
-            fresh, self.held = fresh[: -len(STOP_TOKEN)], STOP_TOKEN
-        self.text += fresh.encode("utf-8", "surrogatepass")
-        return fresh
+    def add(self, chunk: JSON) -> str:
+        """Merge a chunk, and return the text that it adds to choice 0; or ODD_SHAPE."""
+        head, new_text = {**chunk, "choices": None}, ""
+        if head != self._last_head:
+            merge(self._head, head)
+            self._last_head = head
+        if not self.is_finished:
+            for position, choice in enumerate(chunk.get("choices") or ()):
+                index = choice.get("index")
+                new_text += self._add_choice(
+                    choice, position if index is None else index
+                )
+            self.is_finished = 0 < len(self.choices) == len(self._finished)
+        return new_text
 
-    def add_tool_calls(self, deltas: Any) -> None:
-        """Deltas with one `index` are one call; without, a name begins a call."""
-        for delta in deltas if is_list_of(dict, deltas) else ():
-            index, function = delta.get("index"), delta.get("function")
-            function = function if isinstance(function, dict) else {}
-            known = [call for call in self.tool_calls if call["index"] == index]
-            if not known or index is None and function.get("name"):
-                known = [{"index": index, "function": {"name": "", "arguments": ""}}]
-                self.tool_calls += known
-            call = known[-1]
-            call.update((k, v) for k, v in delta.items() if v and k != "function")
-            whole, more = call["function"], function.get("arguments")
-            whole["name"] = function.get("name") or whole["name"]
-            whole["arguments"] += more if isinstance(more, str) else ""
-
-    def whole(self, index: int) -> JSON:
-        text = self.text.decode("utf-8", "surrogatepass")
-        message: JSON = {"role": "assistant", "content": text}
-        if self.tool_calls:
-            calls = [{k: call[k] for k in call if k != "index"}
-                     for call in self.tool_calls]
-            message = {**message, "content": text or None, "tool_calls": calls}
-        return {"index": index, "message": message,
-                "finish_reason": self.finish_reason}
-
-
-class Joiner:
-    """Chunks in, one `Completion` out."""
-
-    def __init__(self, several: bool) -> None:
-        self.several = several  # choices were asked for, so one more may always come
-        self.fields: JSON = {}  # of the reply, but its choices
-        self.choices: dict[int, Choice] = {}
-        self.unfinished = 0  # of the choices
-        self.done = False  # [DONE] came
-
-    @property
-    def ended(self) -> bool:
-        return bool(self.choices) and (self.done or not self.unfinished)
-
-    @property
-    def closed(self) -> bool:
-        """No chunk can change the choices any more."""
-        return not (self.unfinished or self.several) and bool(self.choices)
-
-    def add(self, chunk: Chunk) -> str:
-        """Take in a chunk; the text that it adds to choice 0."""
-        if not self.fields:
-            self.fields = {k: v for k, v in chunk.items() if k != "choices"}
-        if chunk.get("usage"):
-            self.fields["usage"] = chunk["usage"]
-        parts, fresh = chunk.get("choices"), ""
-        if not isinstance(parts, list) or self.closed:
-            return ""
-        for position, part in enumerate(parts):
-            if not isinstance(part, dict):
-                continue
-            index = index_of(part, position)
-            choice = self.choices.get(index)
-            if choice is None:
-                choice = self.choices[index] = Choice()
-                self.unfinished += 1
-            delta = part.get("delta") or part.get("message")
-            if isinstance(delta, dict) and not choice.finish_reason:
-                text = choice.add(delta)
-                fresh = fresh if index else text
-            if part.get("finish_reason") and not choice.finish_reason:
-                choice.finish_reason = part["finish_reason"]
-                self.unfinished -= 1
-        return fresh
+    def _add_choice(self, choice: JSON, index: Any) -> str:
+        """Merge one choice of a chunk, and return the text that it adds to choice 0."""
+        if not isinstance(index, int):
+            raise TypeError
+        message = choice.get("delta") or choice.get("message") or {}
+        text: str = message.get("content") or ""
+        if text == STOP_TOKEN or text and self._stop_tokens:
+            before = self._stop_tokens.pop(index, "")
+            if text == STOP_TOKEN:
+                self._stop_tokens[index], text = text, ""
+            text = before + text
+            message = {**message, "content": text}
+        old_text = self._texts.get(index)
+        if (
+            old_text is not None
+            and choice.keys() == PLAIN_CHOICE
+            and not (choice["finish_reason"] or message.keys() - PLAIN_MESSAGE)
+        ):
+            old_text += text.encode("utf-8", "surrogatepass")  # as merge() does, faster
+            return text if index == 0 else ""
+        whole = self.choices.setdefault(index, {})
+        rest = {k: v for k, v in choice.items() if k not in ("delta", "message")}
+        merge(whole, {**rest, "index": index, "message": message})
+        found = whole["message"].get("content")
+        self._texts[index] = found if isinstance(found, bytearray) else None
+        if choice.get("finish_reason"):
+            self._finished.add(index)
+        return text if index == 0 else ""
 
     def completion(self) -> Completion:
-        choices = [self.choices[index].whole(index) for index in sorted(self.choices)]
-        return Completion(
-            {**self.fields, "object": "chat.completion", "choices": choices})
+        """Return what was merged so far."""
+        choices = []
+        for choice in map(unmerge, self.choices.values()):
+            content = None if choice["message"].get("tool_calls") else ""
+            message = {"role": "assistant", "content": content, **choice["message"]}
+            choices.append({**choice, "message": message})
+        head = {**unmerge(self._head), "object": "chat.completion"}
+        return Completion({**head, "choices": choices})
 
 
 # ---------------------------------------------------------------- Server-sent events
 #
-# https://html.spec.whatwg.org/multipage/server-sent-events.html, and what servers do:
-# - LF, CRLF and CR end a line, and nothing else does: bytes.splitlines() splits at just
-#   these, str.splitlines() at eight more.  The two bytes of a CRLF may come apart.
-# - Lines are cut from bytes and decoded whole, so UTF-8 may be cut anywhere.
-# - An event ends at an empty line.  Some servers end the body without it, so the rest
-#   is given out too, marked as possibly torn.
+# https://html.spec.whatwg.org/multipage/server-sent-events.html
 
 
-def events(pieces: Iterable[bytes]) -> Iterator[tuple[str, str, bool]]:
-    """(event, data, whole) for each event in the pieces of a body.
-
-    `whole` is False for what the body's end left without an empty line.  Raises
-    ReplyError for an event over MAX_EVENT bytes.
-    """
-    name, data, size = "", [], 0  # of an event that has not ended
-    rest, pending = [], 0  # of a line that has not ended, and its bytes
-    first, after_cr = True, False
-    for piece in itertools.chain(pieces, [b""]):
-        ended = not piece or piece.endswith((b"\n", b"\r"))  # the body, or a line
+def split_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the lines of a body; these end with LF, CRLF or CR."""
+    unfinished: list[bytes] = []  # the pieces of a line whose end has not come
+    after_cr = False
+    for piece in pieces:
         if after_cr and piece.startswith(b"\n"):
             piece = piece[1:]
         after_cr = piece.endswith(b"\r")
         lines = piece.splitlines()
-        if not ended and len(lines) < 2:
-            rest += lines
-            pending += len(piece)
-            lines = []
-        else:
-            if rest:
-                lines[:1] = [b"".join([*rest, *lines[:1]])]
-            if first and lines:
-                lines[0], first = lines[0].removeprefix(codecs.BOM_UTF8), False
-            rest = [] if ended else [lines.pop()]
-            pending = len(rest[0]) if rest else 0
-        if size + pending > MAX_EVENT:
-            raise ReplyError(f"an event of the stream is over {MAX_EVENT >> 20} MiB")
-        for line in lines:
-            if line.startswith(b"data:"):
-                data.append(line[6:] if line.startswith(b"data: ") else line[5:])
-                size += len(line)
-            elif not line:
-                if data:
-                    yield name, b"\n".join(data).decode("utf-8", "replace"), True
-                name, data, size = "", [], 0
-            elif line == b"data":
-                data.append(b"")
-            elif line.startswith(b"event:"):
-                name = line[6:].decode("utf-8", "replace").strip()
-    if data:
-        yield name, b"\n".join(data).decode("utf-8", "replace"), False
+        rest = lines.pop() if lines and not piece.endswith((b"\n", b"\r")) else b""
+        if lines and unfinished:
+            lines[0] = b"".join([*unfinished, lines[0]])
+            unfinished = []
+        yield from lines
+        if rest:
+            unfinished.append(rest)
+    if unfinished:
+        yield b"".join(unfinished)
 
 
-def stream_events(pieces: Iterator[bytes]) -> Iterator[tuple[str, str, bool]]:
-    """`events`, of a body that may also be one plain JSON reply (or a page of HTML)."""
-    head = b""
-    while not head.lstrip(codecs.BOM_UTF8 + b" \t\r\n"):
-        piece = next(pieces, b"")
-        head += piece
-        if not piece:
-            return
-    if head.lstrip(codecs.BOM_UTF8 + b" \t\r\n")[0] not in b'{[<"':
-        yield from events(itertools.chain([head], pieces))
-        return
-    body, size = [head], len(head)
-    for piece in pieces:
-        body.append(piece)
-        size += len(piece)
-        if size > MAX_REPLY:
-            raise ReplyError(f"the reply is over {MAX_REPLY >> 20} MiB")
-    text = b"".join(body).decode("utf-8-sig", "replace")
-    yield "", text, text.lstrip().startswith("<")  # of JSON, a part may have come
-    if read_json(text) is not text:
-        yield "", "[DONE]", True
+def split_events(lines: Iterator[bytes]) -> Iterator[tuple[str, str]]:
+    """Yield (event, data) for each event; a complete one may end with the body."""
+    name, data = "", []
+    first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")
+    for line in itertools.chain([first], lines):
+        field, _, value = line.partition(b":")
+        if field == b"data":
+            data.append(value.removeprefix(b" "))
+        elif field == b"event":
+            name = value.decode("utf-8", "replace").strip()
+        elif not line:
+            if data:
+                yield name, b"\n".join(data).decode("utf-8", "replace").strip()
+            name, data = "", []
+    rest = b"\n".join(data).decode("utf-8", "replace").strip()
+    if name == "error" or rest == "[DONE]" or read_json(rest) is not rest:
+        yield name, rest
 
 
 # ---------------------------------------------------------------------------- Client
 #
-# What urllib does, and what is done about it:
-# - It follows redirects with the Authorization header, opens file://, and raises for a
-#   status: the opener here has none of those handlers.
-# - A body that was cut may look as if it had ended: whether a reply is whole is judged
-#   by its JSON, its finish_reason and its [DONE].
-# - Its timeout is for each operation on the socket, so a server that drips bytes is
-#   never timed out: the deadline has a clock of its own.
+# urllib follows redirects, sending Authorization along, and opens file://: this opener
+# does neither.  Its timeout is for each socket operation: a deadline needs a clock.
 
-OVERRUN = r"(?i)context.(length|window)|input.length|maximum.{1,40}token|too long"
-ADVICE = {
-    401: "the token was refused, check DEEPINFRA_TOKEN",
-    402: "the account cannot pay, check its billing",
-    403: "the token was refused, check DEEPINFRA_TOKEN",
-    404: "not found, check the model and the base URL",
-    410: "the model is retired, choose another",
-    429: "busy, try later or with fewer requests at once",
-    503: "busy, try later",
+OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+LOOPBACK = rf"(?P<loopback>localhost|127(?:\.{OCTET}){{3}}|\[::1\])"
+HOST = rf"(?P<host>{LOOPBACK}|[\w.-]+|\[[0-9a-f:.]+\])"
+PATH = r"(?:/[\w./~%+:@!$&'()*,;=-]*)?"
+URL = rf"(?ai)(?P<scheme>https?)://{HOST}(?::(?P<port>\d+))?{PATH}"
+TOKEN_NAMES = ("DEEPINFRA_TOKEN", "DEEPINFRA_API_KEY", "DEEPINFRA_API_TOKEN")
+FAILURES = (OSError, ValueError, OverflowError, ImportError, http.client.HTTPException)
+RETRY_STATUSES = (408, 409, 429, 500, 502, 503, 504)
+STATUSES: dict[int, tuple[type[APIStatusError], str]] = {
+    401: (AuthenticationError, "the token was refused, check DEEPINFRA_TOKEN"),
+    402: (AuthenticationError, "the account cannot pay, check its billing"),
+    403: (AuthenticationError, "the token was refused, check DEEPINFRA_TOKEN"),
+    404: (APIStatusError, "not found, check the model and the base URL"),
+    429: (RateLimitError, "busy, try later or with fewer requests at once"),
+    503: (RateLimitError, "busy, try later"),
 }
+OVERRUN = r"(?i)context.(length|window)|input.length|maximum.{1,40}token|too long"
+OVERRUN_ADVICE = "over the model's context (Nemotron-4-340B: 4,096 tokens), "
+OVERRUN_ADVICE += "shorten the messages or begin a new conversation"
 
 
-def is_loopback(host: str) -> bool:
-    digits = host.replace(".", "").isdigit() and host.count(".") == 3
-    return host in ("localhost", "::1") or digits and host.startswith("127.")
+def log_warning(message: str) -> None:
+    import logging  # it takes 4 ms, and most runs do not need it
+
+    logging.getLogger("nemotron").warning("nemotron: %s", one_line(message))
 
 
-def parse_base_url(url: str) -> tuple[str, str, bool]:
-    """(scheme, host, whether it is loopback); InvalidRequestError if it is not safe."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host, _ = parts.hostname or "", parts.port
-    except ValueError:
-        host = ""
-    if not host or not url.isascii() or not url.isprintable() or " " in url:
-        raise InvalidRequestError("the base URL must be https://host[:port][/path]")
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise InvalidRequestError("the base URL must have no user, query or fragment")
-    if parts.scheme != "https" and (parts.scheme != "http" or not is_loopback(host)):
-        raise InvalidRequestError("the base URL must be https:// (or http:// to this "
-                                  f"machine), not {parts.scheme}://{parts.netloc}")
-    return parts.scheme, host, is_loopback(host)
+class Exchange:
+    """One call: it owns the deadline, the attempts, and what exceptions become."""
 
+    def __init__(self, client: Client, body: JSON, retries: int = 2) -> None:
+        self.client, self.request_id = client, None
+        self.redacted: Any = None  # the reply without the token, for a row
+        self.received = 0  # bytes of the body, or since the last event
+        self.deadline = client._clock() + (client.deadline or math.inf)
+        self._retries = retries if client.retries is None else client.retries
+        self._retried = 0
+        self._payload = to_json(body).encode("ascii")
 
-class TimedReader(io.RawIOBase):
-    """What a response is read from: each wait for bytes is as long as it may be now."""
+    def send(self, read: Callable[[http.client.HTTPResponse], T]) -> T:
+        """Send the request and return read(response); again if the error allows it."""
+        delay = 0.0
+        while True:
+            self._wait(delay)
+            response: Any = None
+            try:
+                response = self.client._open(self._payload, self._read_timeout())
+                self._check_status(response)
+                return read(response)
+            except (NemotronError, *FAILURES) as cause:
+                cause.args = self.client._redact(cause.args)
+                is_own = isinstance(cause, NemotronError)
+                error: Any = cause if is_own else self._connection_error(cause)
+                if response:
+                    response.close()
+                    error.status_code = response.status
+                    error.request_id = self.request_id
+                delay = self._delay_after(error)
 
-    def __init__(self, sock: socket.socket, raw: Any, silence: Callable[[], float]):
-        self._sock, self._raw, self._silence = sock, raw, silence
-        self.patience = math.inf  # seconds
+    def _delay_after(self, error: NemotronError) -> float:
+        """Return the seconds to wait before the next attempt, or raise the error."""
+        if not error.retryable or self._retried >= self._retries:
+            raise error
+        delay = error.retry_after
+        if delay is None:
+            delay = min(0.5 * 2**self._retried, 8) * random.uniform(0.75, 1)
+        if delay > MAX_DELAY or self.client._clock() + delay >= self.deadline:
+            raise error
+        self._retried += 1
+        attempt = f"retry {self._retried} of {self._retries} in {delay:.1f} s"
+        log_warning(f"{attempt}: {error}")
+        return delay
 
-    def readable(self) -> bool:
-        return True
+    def _wait(self, seconds: float) -> None:
+        if seconds:
+            self.client._sleep(seconds)
 
-    def readinto(self, buffer: Any) -> Any:
-        self._sock.settimeout(min(self.patience, self._silence()))
-        return self._raw.readinto(buffer)
+    def _read_timeout(self) -> float:
+        """Return the seconds that the server may be silent now; raise TimeoutError."""
+        left = self.deadline - self.client._clock()
+        if left <= 0:
+            raise TimeoutError(f"the deadline of {self.client.deadline} s has passed")
+        return min(self.client.timeout, left)
 
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
+    def pieces(self, response: Any) -> Iterator[bytes]:
+        """Yield the body as it arrives.  Raises FAILURES."""
+        while response.fp:
+            if self.deadline < math.inf:
+                # The one way to bound a read of a body through urllib, in any Python.
+                response.fp.raw._sock.settimeout(self._read_timeout())
+            piece = response.read1(65536)
+            self.received += len(piece)
+            if self.received > MAX_BYTES:
+                raise ReplyError(
+                    f"the reply, or an event, is over {MAX_BYTES >> 20} MiB"
+                )
+            if not piece:
+                break
+            yield piece
+        if response.length:  # read1 does not complain when the body is too short
+            raise http.client.IncompleteRead(b"", response.length)
 
+    def read_text(self, response: Any) -> str:
+        return b"".join(self.pieces(response)).decode("utf-8-sig", "replace")
 
-class Handler(urllib.request.AbstractHTTPHandler):
-    """urllib's handlers of http and https, whose reads keep to `request.silence`."""
-
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-    def __init__(self, context: Any) -> None:
-        super().__init__()
-        self._https = {"context": context}
-
-    def http_open(self, request: Any) -> Any:
-        return self._open_timed(request, http.client.HTTPConnection, {})
-
-    def https_open(self, request: Any) -> Any:
-        return self._open_timed(request, http.client.HTTPSConnection, self._https)
-
-    def _open_timed(self, request: Any, kind: Any, kwargs: JSON) -> Any:
-        def respond(sock: socket.socket, *args: Any, **named: Any) -> Any:
-            response: Any = http.client.HTTPResponse(sock, *args, **named)
-            reader = TimedReader(sock, response.fp.detach(), request.silence)
-            response.fp, response.reader = io.BufferedReader(reader), reader
-            return response
-
-        def connect(host: str, **named: Any) -> Any:
-            connection = kind(host, **named)
-            connection.response_class = respond
-            return connection
-
-        return self.do_open(connect, request, **kwargs)
-
-
-def build_opener(scheme: str, host: str,
-                 loopback: bool) -> urllib.request.OpenerDirector:
-    """An opener that does HTTP and nothing else; APIConnectionError if it cannot."""
-    opener, context = urllib.request.OpenerDirector(), None
-    if scheme == "https":
-        try:
-            import ssl
-        except ImportError:
-            raise APIConnectionError("this Python was built without the ssl module, "
-                                     "which https:// needs") from None
-        context = ssl.create_default_context()  # 30 ms
-        context.set_alpn_protocols(["http/1.1"])
-    opener.add_handler(Handler(context))
-    if not loopback:
-        proxies = urllib.request.getproxies()
-        socks = proxies.get("https", "").lower().startswith("socks")
-        if socks and not urllib.request.proxy_bypass(host):
-            raise APIConnectionError(
-                "https_proxy is a SOCKS proxy, which urllib cannot speak to: "
-                "name an HTTP proxy, or put the host into no_proxy")
-        opener.add_handler(urllib.request.ProxyHandler(proxies))
-    return opener
-
-
-def read_retry_after(headers: http.client.HTTPMessage) -> float | None:
-    """Seconds to wait, of `retry-after-ms` or `Retry-After` (seconds or a date)."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        value, seconds = headers.get(name, ""), math.nan
+    def _check_status(self, response: http.client.HTTPResponse) -> None:
+        """Raise an error for a status other than 200, or a body that is compressed."""
+        redact, headers, status = self.client._redact, response.headers, response.status
+        self.request_id = redact(headers.get("x-request-id"))
+        encoding = redact(headers.get("Content-Encoding", "identity")).lower()
+        if status == 200 and encoding != "identity":
+            raise ReplyError(f"the reply is compressed ({encoding}), unasked")
+        if status == 200:
+            return
+        body: Any = None
+        with contextlib.suppress(ReplyError, RecursionError, *FAILURES):
+            text = redact(self.read_text(response))
+            body = redact(read_json(text)) if encoding == "identity" else None
+        message = server_message(body or "") or redact(response.reason)
+        kind, advice = STATUSES.get(status, (APIStatusError, ""))
+        if status in (400, 413, 422, 500) and re.search(OVERRUN, message[:2000]):
+            advice = OVERRUN_ADVICE
+        elif 300 <= status < 400:
+            advice = "redirects are not followed, check the base URL"
+        parts = (f"HTTP {status} from {self.client._url}", advice, message)
+        error = kind(": ".join(filter(None, parts)))
+        error.retryable = status in RETRY_STATUSES and advice != OVERRUN_ADVICE
+        error.body = body
         with contextlib.suppress(ValueError, TypeError, OverflowError):
+            value = headers.get("Retry-After", "")
             date = email.utils.parsedate_tz(value)
-            seconds = email.utils.mktime_tz(date) - time.time() if date else (
-                float(value) / unit)
-        if not math.isnan(seconds):
-            return max(0.0, seconds)
-    return None
+            wait = email.utils.mktime_tz(date) - time.time() if date else float(value)
+            error.retry_after = max(0.0, wait) if wait == wait else None  # not a NaN
+        raise error
 
+    def _connection_error(self, cause: Exception) -> APIConnectionError:
+        """Return the error for an exception of urllib, http.client or a socket."""
+        reason = getattr(cause, "reason", None)
+        cause = reason if isinstance(reason, Exception) else cause  # of a URLError
+        is_certificate = hasattr(cause, "verify_code")
+        advice = " (SSL_CERT_FILE can name your authority)" if is_certificate else ""
+        if isinstance(cause, ImportError):
+            advice = " (https:// needs a Python with the ssl module)"
+        kind, problem = APIConnectionError, "no usable connection to"
+        if isinstance(cause, (TimeoutError, socket.timeout)):  # two classes until 3.10
+            kind, problem = APITimeoutError, "no complete answer in time from"
+        error = kind(f"{problem} {self.client._address}: {describe(cause)}{advice}")
+        is_host = isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
+        is_network = isinstance(cause, (OSError, http.client.HTTPException))
+        error.retryable = is_network and not is_host and not is_certificate
+        error.__cause__ = cause
+        return error
 
-def status_error(response: http.client.HTTPResponse, text: str) -> APIStatusError:
-    """The error for a status other than 200, in the server's own words."""
-    status, headers = response.status, response.headers
-    body = read_json(text)
-    words = server_words(body) or response.reason or "no reason given"
-    advice = ADVICE.get(status, "")
-    if status in (400, 413, 422, 500) and re.search(OVERRUN, words):
-        advice = ("input and output are over the model's context (Nemotron-4-340B: "
-                  "4,096 tokens), shorten the messages or begin a new conversation")
-    elif 300 <= status < 400:
-        advice = "redirects are not followed, check the base URL"
-        words = headers.get("Location", words)
-    kind: type[APIStatusError] = APIStatusError
-    if status in (401, 402, 403):
-        kind = AuthenticationError
-    elif status in (429, 503):
-        kind = RateLimitError
-    error = kind(f"HTTP {status}{advice and ', ' + advice}: {words}")
-    error.status_code, error.body = status, body
-    error.request_id = headers.get("x-request-id")
-    error.retry_after = read_retry_after(headers)
-    return error
-
-
-def connection_error(cause: BaseException, host: str) -> APIConnectionError:
-    words = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-    if isinstance(cause, (TimeoutError, socket.timeout)):  # two classes until 3.10
-        return APITimeoutError(f"no whole answer from {host} in time: {words}")
-    if hasattr(cause, "verify_message"):
-        words += " (a certificate authority of your own goes into SSL_CERT_FILE)"
-    return APIConnectionError(f"no usable connection to {host}: {words}")
-
-
-def may_pass(error: NemotronError) -> bool:
-    """Whether another attempt may go better."""
-    if isinstance(error, APIStatusError):
-        return error.status_code in (408, 409, 429, 500, 502, 503, 504)
-    cause = error.__cause__
-    if isinstance(cause, socket.gaierror):
-        return cause.errno == socket.EAI_AGAIN  # the others: there is no such host
-    return (isinstance(error, APIConnectionError) and cause is not None
-            and not hasattr(cause, "verify_message"))  # of a certificate
+    def read_completion(self, response: http.client.HTTPResponse) -> Completion:
+        """Read the reply of a blocking call.  Raises ReplyError if it is not one."""
+        with response:
+            text = self.read_text(response)
+        if not text.strip():
+            raise http.client.IncompleteRead(b"")
+        reply, self.redacted = read_json(text), None
+        try:
+            self.redacted = self.client._redact(reply)
+            ChunkMerger().add(reply)  # which finds odd shapes
+            problem = find_failure(reply)
+            if not problem and all(c["message"] for c in reply["choices"] or [{}]):
+                return Completion(reply)
+        except ODD_SHAPE:
+            problem = server_message(reply)
+        problem = self.client._redact(problem or "not a chat completion")
+        error = ReplyError(f"the server did not send a reply: {problem}")
+        error.body = self.redacted
+        raise error
 
 
 class Client:
-    """Settings, and one opener for all calls with them; threads may share it.
+    """The settings of calls.  Creating one does no I/O; threads may share it.
 
-    `timeout`: seconds of silence on the connection.  `deadline`: seconds for a whole
-    call, retries and waits included, or None.  `retries`: how often a call is sent
-    again after what may pass; None is 2, in a batch 6.  `token`, `base_url` and
-    `model`: where None, DEEPINFRA_TOKEN, DEEPINFRA_BASE_URL and NEMOTRON_MODEL of the
-    environment, else `BASE_URL` and `MODEL`.  Raises InvalidRequestError.
+    token     None: DEEPINFRA_TOKEN, DEEPINFRA_API_KEY or DEEPINFRA_API_TOKEN of the
+              environment; a loopback host needs none
+    base_url  None: DEEPINFRA_BASE_URL of the environment, else BASE_URL
+    model     None: NEMOTRON_MODEL of the environment, else MODEL
+    timeout   seconds of silence on the connection
+    deadline  seconds for a whole call, with its retries and waits; None: no limit
+    retries   how often to send again what may succeed later; None: 2, in a batch 6
     """
 
     _clock = staticmethod(time.monotonic)
     _sleep = staticmethod(time.sleep)
-    _grace = 5.0  # seconds that usage and [DONE] may take when a reply has ended
 
-    def __init__(self, *, token: str | None = None, base_url: str | None = None,
-                 model: str | None = None, timeout: float | None = 600.0,
-                 deadline: float | None = None, retries: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        token: str | None = None,
+        base_url: str | None = None,
+        model: str | None = None,
+        timeout: float | None = 600.0,
+        deadline: float | None = None,
+        retries: int | None = None,
+    ) -> None:
         environ = os.environ
-        for name in ("DEEPINFRA_TOKEN", "DEEPINFRA_API_KEY", "DEEPINFRA_API_TOKEN"):
-            token = environ.get(name, "").strip() or None if token is None else token
-        if not isinstance(token or "", str):
-            raise InvalidRequestError("token must be a string")  # which is not shown
-        self._token = (token or "").strip()
+        if token is None:
+            token = next(filter(str.strip, map(environ.get, TOKEN_NAMES, [""] * 3)), "")
+        if not isinstance(token, str):
+            raise InvalidRequestError("token must be a string")  # and is not shown
         self.base_url = base_url or environ.get("DEEPINFRA_BASE_URL") or BASE_URL
         self.model = model or environ.get("NEMOTRON_MODEL") or MODEL
         self.timeout = 600.0 if timeout is None else timeout
         self.deadline, self.retries = deadline, retries
-        given(self._settings())
-        self._server = parse_base_url(self.base_url)
+        for name, value in vars(self).items():
+            if value is not None:
+                check_value(name, value)
+        match: Any = re.fullmatch(URL, self.base_url)
+        scheme = match and match["scheme"].lower()
+        if not match or not (scheme == "https" or match["loopback"]):
+            form = "https://host[:port][/path], or http:// and a loopback host"
+            raise InvalidRequestError(f"the base URL must be {form}, no user, no query")
+        port = match["port"] or {"https": "443", "http": "80"}[scheme]
+        self._token, self._is_loopback = token.strip(), bool(match["loopback"])
+        self._address = f"{match['host']}:{port}"
+        self._url = self.base_url.rstrip("/") + "/chat/completions"
         self._opener: urllib.request.OpenerDirector | None = None
-        self._lock = _thread.allocate_lock()  # so that there is one opener
-
-    def _settings(self) -> JSON:
-        names = ("model", "base_url", "timeout", "deadline", "retries")
-        return {name: getattr(self, name) for name in names}
+        self._lock = threading.Lock()  # so that there is one opener
 
     def __repr__(self) -> str:
-        return f"Client({', '.join(f'{k}={v!r}' for k, v in self._settings().items())})"
+        shown = [f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_")]
+        return f"Client({', '.join(shown)})"
 
-    def chat(self, messages: Messages, **params: Any) -> Completion:
-        """Send the messages, and wait for the whole reply.
+    def chat(self, messages: Messages, **params: Unpack[Params]) -> Completion:
+        """Send the messages, and return the whole reply.  Raises NemotronError."""
+        exchange = Exchange(self, self._body(messages, params))
+        return exchange.send(exchange.read_completion)
 
-        `params` are those of `build_request`, but `stream`.  Raises NemotronError.
+    def stream(self, messages: Messages, **params: Unpack[Params]) -> Stream:
+        """Send the messages; return the reply as it arrives.  Raises NemotronError."""
+        body = {**self._body(messages, params), "stream": True}
+        if body.get("n", 1) != 1:
+            raise InvalidRequestError("n over 1 is not for streams: wait for the reply")
+        exchange = Exchange(self, body)
+        return exchange.send(lambda response: Stream(exchange, response))
+
+    def batch(
+        self,
+        requests: Iterable[Any],
+        jobs: int = 8,
+        *,
+        output: str | None = None,
+        **params: Unpack[Params],
+    ) -> Iterator[JSON]:
+        """Send many requests, at most `jobs` (1 to 200) at a time; yield their rows.
+
+        requests  an iterable, read as rows are taken, of strings, of bodies, of objects
+                  with a prompt (and system, temperature ...), or of batch file lines
+        output    a file to append the rows to; a request that has a row there, without
+                  an error, is not sent again, and its row is not yielded
+        params    defaults for every request, those of build_request()
+
+        A row is {"id", "custom_id", "request", "response", "error"}, and comes when
+        complete.  Raises AuthenticationError for a token that is refused, and
+        NemotronError if `output` cannot be written; all other errors are in the rows.
         """
-        body = self._body(messages, params)
-        return self._exchange(body, self._read_completion)[0]
+        return Batch(self, requests, jobs, output, params).rows(enumerate(requests, 1))
 
-    def stream(self, messages: Messages, **params: Any) -> Stream:
-        """Send the messages; the reply is in the `Stream` as it comes.
-
-        Returns when the status has come, and is a 200.  `params` are those of
-        `build_request`, but `stream`.  Raises NemotronError.
-        """
-        body = self._body(messages, params, stream=True)
-        return self._exchange(body, lambda response, until: Stream(
-            self, response, until, body.get("n", 1) != 1))
-
-    def batch(self, requests: Iterable[Any], jobs: int = 8) -> Iterator[JSON]:
-        """Send many requests, at most `jobs` (1 to 200) at a time; a row for each.
-
-        `requests` may be endless: it is read as rows are taken.  A request is a line of
-        a batch file, a body, `{"prompt", "system", ...}`, or text.  A row is `{"id",
-        "custom_id", "response", "error"}`; rows come as they are ready.  Raises
-        InvalidRequestError for `jobs`, AuthenticationError for a token that is refused
-        (after the rows in flight), and what `requests` raises; all else is in the rows.
-        """
-        return Batch(self, enumerate(requests, 1), jobs, {}).rows()
-
-    def _body(self, messages: Any, params: JSON, stream: bool = False) -> JSON:
-        if "stream" in params:
-            raise InvalidRequestError("stream is no parameter: it is a call of its own")
-        params = {**params, "model": params.get("model") or self.model}
-        return build_request(messages, stream=stream, **params)
+    def _body(self, messages: Messages, params: Any) -> JSON:
+        given = {"model": self.model, **check_parameters(params)}
+        return build_request(messages, **given)
 
     def _headers(self) -> dict[str, str]:
-        """Raises AuthenticationError where there is no usable token."""
+        """Return the headers of a request.  Raises AuthenticationError."""
         if not (self._token.isascii() and self._token.isprintable()):
-            raise AuthenticationError("the token has control characters or characters "
-                                      "outside ASCII: copy it again")
-        headers = {"Content-Type": "application/json",
-                   "User-Agent": f"nemotron.py/{__version__}"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
-        elif not self._server[2]:
-            raise AuthenticationError("no token: set DEEPINFRA_TOKEN, or use offline()")
-        return headers
+            raise AuthenticationError("the token is not printable ASCII, copy it again")
+        if not self._token and not self._is_loopback:
+            raise AuthenticationError("no token: set DEEPINFRA_TOKEN, or try --offline")
+        headers = {"Content-Type": "application/json", "User-Agent": "nemotron.py"}
+        bearer = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        return {**headers, **bearer}
 
-    def _redact(self, text: str) -> str:
-        token = re.escape(self._token)
-        if len(token) < 8:  # not in the middle of a word: there it is none
-            token = rf"(?<!\w){token}(?!\w)"
-        return re.sub(token, "[token]", text) if self._token else text
+    def _redact(self, value: Any) -> Any:
+        """Return JSON without the token, unless that is short (it may be a word)."""
+        if isinstance(value, dict):
+            return {self._redact(k): self._redact(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)([self._redact(item) for item in value])
+        if isinstance(value, str) and len(self._token) >= 8:
+            escaped = json.dumps(self._token)[1:-1]
+            for form in (self._token, escaped, escaped.replace("/", "\\/")):
+                value = value.replace(form, "[token]")
+        return value
 
-    def _scrub(self, error: AnyError) -> AnyError:
-        """No diagnostic shows the token, or a part that clipping would leave of it."""
-        error.args = tuple(self._redact(x)[:MAX_LINE] if isinstance(x, str) else x
-                           for x in error.args)
-        return error
-
-    def _exchange(self, body: JSON,
-                  read: Callable[[http.client.HTTPResponse, float | None], Result],
-                  wait: Callable[[float, NemotronError], None] | None = None,
-                  retries: int = 2) -> Result:
-        """Post the body and read the response; again, after what may pass.
-
-        All that is sent is sent here.  `until` is the deadline, on the clock.
-        """
-        payload, headers = to_json(body), self._headers()
-        with self._lock:
-            self._opener = self._opener or build_opener(*self._server)
-        retries = retries if self.retries is None else self.retries
-        until = None if self.deadline is None else self._clock() + self.deadline
-        attempt = 1
-        while True:
-            try:
-                with self._translated():
-                    return read(self._open(payload, headers, until), until)
-            except NemotronError as error:
-                pause = error.retry_after
-                if pause is None:
-                    pause = min(0.5 * 2 ** (attempt - 1), 8) * random.uniform(0.75, 1)
-                late = until is not None and self._clock() + pause >= until
-                if attempt > retries or pause > MAX_WAIT or late or not may_pass(error):
-                    raise
-                failure = error
-            import logging
-
-            line = f"nemotron: retry {attempt} of {retries} in {pause:.1f} s: {failure}"
-            logging.getLogger("nemotron").warning("%s", line[:MAX_LINE])
-            wait(pause, failure) if wait else self._sleep(pause)
-            attempt += 1
-
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        """What urllib and http.client raise becomes an error of this module."""
-        try:
-            yield
-        except NemotronError as error:  # first: some of them are OSError or ValueError
-            self._scrub(error)
-            raise
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "reason", None)  # of a URLError
-            cause = self._scrub(reason if isinstance(reason, Exception) else error)
-            raise self._scrub(connection_error(cause, self._server[1])) from cause
-
-    def _silence(self, until: float | None) -> float:
-        """Seconds that the server may be silent; TimeoutError after the deadline."""
-        left = self.timeout if until is None else until - self._clock()
-        if left <= 0:
-            raise TimeoutError(f"the deadline of {self.deadline} s has passed")
-        return min(self.timeout, left)
-
-    def _open(self, payload: bytes, headers: dict[str, str],
-              until: float | None) -> http.client.HTTPResponse:
-        """One attempt: the response, if it is a 200 that can be read."""
-        url = self.base_url.rstrip("/") + "/chat/completions"
-        request: Any = urllib.request.Request(url, payload)
-        request.silence = lambda: self._silence(until)
-        for name, value in headers.items():
+    def _open(self, payload: bytes, timeout: float) -> Any:
+        """Send a request with an opener that does HTTP and nothing else."""
+        request = urllib.request.Request(self._url, payload)
+        for name, value in self._headers().items():
             request.add_unredirected_header(name, value)
-        assert self._opener
-        response = self._opener.open(request, timeout=self._silence(until))
-        encoding = response.headers.get("Content-Encoding", "identity").lower()
-        if response.status != 200:
-            body = bytearray()
-            with contextlib.suppress(OSError, http.client.HTTPException), response:
-                for piece in self._pieces(response, until):
-                    body += piece
-                    if len(body) > MAX_ERROR:
-                        break
-            text = body.decode("utf-8", "replace") if encoding == "identity" else ""
-            raise status_error(response, self._redact(text))
-        if encoding != "identity":
-            response.close()
-            raise ReplyError(f"the reply is compressed ({encoding}), unasked")
-        return response  # type: ignore[no-any-return]
+        with self._lock:
+            if self._opener is None:
+                opener = urllib.request.OpenerDirector()
+                opener.add_handler(urllib.request.HTTPHandler())
+                if not self._is_loopback:
+                    opener.add_handler(urllib.request.ProxyHandler())
+                if request.type == "https":
+                    import ssl
 
-    def _pieces(self, response: http.client.HTTPResponse,
-                until: float | None) -> Iterator[bytes]:
-        """The body as it arrives; raises as http.client does, or at the deadline."""
-        while True:
-            if until is not None:
-                self._silence(until)
-            piece = response.read1(65536)
-            if not piece:
-                break
-            yield piece
-        if response.length:  # which read1 lets pass
-            raise http.client.IncompleteRead(b"", response.length)
-
-    def _read_completion(self, response: http.client.HTTPResponse,
-                         until: float | None) -> tuple[Completion, str | None]:
-        """The whole reply, and the server's name for the request."""
-        body, request_id = bytearray(), response.headers.get("x-request-id")
-        with response:
-            for piece in self._pieces(response, until):
-                body += piece
-                if len(body) > MAX_REPLY:
-                    raise ReplyError(f"the reply is over {MAX_REPLY >> 20} MiB")
-        text = body.decode("utf-8-sig", "replace")
-        try:
-            reply = Completion(read_object(text))
-            if not reply.choices:
-                raise ReplyError("the reply has no choices")
-        except ReplyError as error:
-            error.status_code, error.request_id = 200, request_id
-            error.body = read_json(self._redact(text))
-            raise
-        return reply, request_id
+                    context = ssl.create_default_context()
+                    context.set_alpn_protocols(["http/1.1"])
+                    opener.add_handler(urllib.request.HTTPSHandler(context=context))
+                self._opener = opener
+        return self._opener.open(request, timeout=timeout)
 
 
 class Stream:
-    """A reply as it comes: iterate it for the text of choice 0, piece by piece.
+    """A reply as it arrives: iterating yields the text of choice 0, piece by piece.
 
-    Raises ReplyError, or IncompleteReplyError where the reply stops before its end; an
-    error stays one, however often the stream is asked.  `with` closes the connection.
+    Raises IncompleteReplyError if the reply stops before its end, and ReplyError if the
+    server sends something else; every later read then raises the same error.  Use
+    `with`, or close(), to close the connection early.
     """
 
-    def __init__(self, client: Client, response: Any, until: float | None,
-                 several: bool) -> None:
-        self._client, self._response, self._until = client, response, until
-        self._joiner = Joiner(several)
-        self._fresh = ""  # the text that the last chunk added
-        self._broken: Exception | None = None  # what ended the body before its time
-        self._error: ReplyError | None = None
-        self._chunks = self._follow()
+    def __init__(self, exchange: Exchange, response: http.client.HTTPResponse) -> None:
+        self._exchange, self._response = exchange, response
+        self._merger, self._reader = ChunkMerger(), self._read()
+        self._is_complete = False
+        self._error: ReplyError | None = None  # what every later read raises
 
     def __enter__(self) -> Stream:
         return self
@@ -1101,228 +937,442 @@ class Stream:
 
     def close(self) -> None:
         """Close the connection; nothing more is read."""
-        self._chunks.close()
+        self._reader.close()
         self._response.close()
 
-    def __iter__(self) -> Stream:
-        return self
-
-    def __next__(self) -> str:
-        for _ in self._chunks:
-            if self._fresh:
-                return self._fresh
+    def __iter__(self) -> Iterator[str]:
+        for _, text in self._reader:
+            if text:
+                yield text
         if self._error:
             raise self._error
-        raise StopIteration
+
+    def __next__(self) -> str:
+        return next(iter(self))
 
     def chunks(self) -> Iterator[Chunk]:
-        """Every chunk that is left, instead of the text."""
-        for chunk in self._chunks:  # noqa: UP028  (it would close with this one)
-            yield chunk
+        """Yield every Chunk that is left, instead of the text."""
+        for chunk, _ in self._reader:
+            yield Chunk(chunk)
         if self._error:
             raise self._error
 
     def completion(self) -> Completion:
-        """Read what is left; the whole reply, with what was read before."""
-        for _ in self.chunks():
-            pass
-        if not self._joiner.ended:
-            raise self._failure("the stream was closed here")
-        return self._joiner.completion()
+        """Read the rest, and return the whole reply, with what was read before."""
+        collections.deque(self.chunks(), maxlen=0)
+        if not (self._is_complete or self._merger.is_finished):
+            raise self._fail(ConnectionError("the stream was closed"))
+        return self._merger.completion()
 
-    def _pieces(self) -> Iterator[bytes]:
-        """The body.  What breaks it is kept: it counts if the reply has not ended."""
+    def _read(self) -> Generator[tuple[JSON, str], None, None]:
+        """Yield each chunk and the text that it adds; all reading goes through here."""
+        exchange, merger, done = self._exchange, self._merger, False
+        problem: Exception = ConnectionError("the connection was closed")
         try:
-            yield from self._client._pieces(self._response, self._until)
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            self._broken = self._client._scrub(error)
-
-    def _follow(self) -> Generator[Chunk, None, None]:
-        """The one reader, behind every way to read a stream."""
-        joiner, failure = self._joiner, None
-        try:
-            for event, data, whole in stream_events(self._pieces()):
-                data = data.strip()
-                if data == "[DONE]":
-                    joiner.done = True
-                    break
-                if not data or data == "null" or data[0] == ":":
-                    continue  # it keeps the connection alive
-                if not (whole or event) and read_json(data) is data:
-                    continue  # torn
-                chunk = Chunk(read_object(data, event))
-                self._fresh = joiner.add(chunk)
-                yield chunk
-                if joiner.closed:
-                    if joiner.fields.get("usage"):
-                        break  # nothing is missing: the server may fall silent now
-                    self._response.reader.patience = self._client._grace
-        except ReplyError as error:
-            failure = error
+            for name, data in self._events():
+                exchange.received = 0
+                if not data.startswith("{"):
+                    if data == "[DONE]":
+                        done = True
+                        problem = ReplyError("the stream ended without a reply")
+                        break
+                    if data in ("", "null") or data.startswith(":"):
+                        continue  # it keeps the connection alive
+                was_finished = merger.is_finished
+                yield self._take(name, data)
+                if merger.is_finished and not was_finished:
+                    end = exchange.client._clock() + GRACE
+                    exchange.deadline = min(exchange.deadline, end)
+        except (ReplyError, *FAILURES) as error:
+            problem = error
         finally:
             self._response.close()
-        if not joiner.ended:
-            words = str(self._broken or "") or "the server closed the connection"
-            self._error = failure or self._failure(words)
-            self._error.partial = joiner.completion()
-            raise self._client._scrub(self._error) from self._broken
+        self._is_complete = merger.is_finished or done and bool(merger.choices)
+        if not self._is_complete:
+            raise self._fail(problem)
 
-    def _failure(self, words: str) -> ReplyError:
-        if self._joiner.done:
-            return ReplyError("the server ended the stream with no reply in it")
-        error = IncompleteReplyError(f"the reply stopped before its end: {words}")
-        error.partial = self._joiner.completion()
+    def _events(self) -> Iterator[tuple[str, str]]:
+        """Yield the events of the body; it may also be one JSON reply, or HTML."""
+        pieces, head = self._exchange.pieces(self._response), b""
+        for piece in pieces:
+            head += piece
+            if head.strip(b"\xef\xbb\xbf \r\n") or len(head) > 1000:
+                break
+        pieces = itertools.chain([head], pieces)
+        start = head.lstrip(b"\xef\xbb\xbf \r\n")[:1]
+        is_json = self._response.headers.get_content_type() == "application/json"
+        if not is_json and start not in (b"{", b"<"):
+            return split_events(split_lines(pieces))
+        text = b"".join(pieces).decode("utf-8-sig", "replace").strip()
+        return iter([("", text), ("", "[DONE]")])
+
+    def _take(self, name: str, data: str) -> tuple[JSON, str]:
+        """Merge the chunk of an event.  Raises ReplyError for anything else."""
+        try:
+            chunk = {"error": read_json(data)} if name == "error" else parse_json(data)
+            problem = find_failure(chunk)
+            if not problem:
+                return chunk, self._merger.add(chunk)
+            message = f"the server failed: {problem}"
+        except ODD_SHAPE:
+            message = f"the server sent an odd chunk: {data}"
+        raise ReplyError(self._exchange.client._redact(message))
+
+    def _fail(self, problem: Exception) -> Any:
+        """Return the error for a stream that stopped before its end, and keep it."""
+        problem.args = self._exchange.client._redact(problem.args)
+        error: Any = problem
+        if not isinstance(problem, ReplyError):
+            reason = f"the reply stopped before its end: {describe(problem)}"
+            error = IncompleteReplyError(reason)
+            error.__cause__ = problem
+        error.status_code, error.request_id = 200, self._exchange.request_id
+        error.partial = self._merger.completion()
+        self._error = error
         return error
 
 
-def chat(messages: Messages, **params: Any) -> Completion:
-    """`Client().chat`: send the messages, and wait for the whole reply."""
+def chat(messages: Messages, **params: Unpack[Params]) -> Completion:
+    """Call Client().chat(): send the messages, and return the whole reply."""
     return Client().chat(messages, **params)
 
 
-def stream(messages: Messages, **params: Any) -> Stream:
-    """`Client().stream`: send the messages; the reply comes piece by piece."""
+def stream(messages: Messages, **params: Unpack[Params]) -> Stream:
+    """Call Client().stream(): send the messages, and return the reply as it arrives."""
     return Client().stream(messages, **params)
 
 
-def batch(requests: Iterable[Any], jobs: int = 8) -> Iterator[JSON]:
-    """`Client().batch`: send many requests at once; a row for each, none lost."""
-    return Client().batch(requests, jobs)
+def batch(requests: Iterable[Any], jobs: int = 8, **params: Any) -> Iterator[JSON]:
+    """Call Client().batch(): send many requests, and yield a row for each."""
+    return Client().batch(requests, jobs, **params)
 
 
 # ----------------------------------------------------------------------------- Batch
 
 
+class DuplicateError(InvalidRequestError, code="duplicate_custom_id", status=2):
+    """The custom_id of a request was used before."""
+
+
+def read_request(item: Any, defaults: JSON) -> JSON:
+    """Return the body for a request of a batch, in any of the forms of Client.batch().
+
+    What it says itself goes before the defaults.  Raises InvalidRequestError.
+    """
+    fields = {"prompt": item} if isinstance(item, str) else item
+    if dig(None, fields, "body") is not None:
+        url = dig("", fields, "url") or "/chat/completions"
+        if dig("POST", fields, "method") != "POST" or "/chat/completions" not in url:
+            raise InvalidRequestError("only POST to /chat/completions can be sent")
+        fields = fields["body"]
+    if not isinstance(fields, dict):
+        raise InvalidRequestError("a request must be an object or a string")
+    unsent = ("custom_id", "stream", "stream_options", "messages", "prompt")
+    rest = {key: value for key, value in fields.items() if key not in unsent}
+    messages: Any = fields.get("messages")
+    prompt = fields.get("prompt")
+    if (messages is None) == (prompt is None):
+        raise InvalidRequestError("a request must have either messages or a prompt")
+    own = {name: rest.pop(name) for name in REQUEST_NAMES[:-1] if name in rest}
+    extra = {k: v for k, v in (defaults.get("extra") or {}).items() if k not in fields}
+    extra.pop("stream_options", None)
+    params = {**defaults, **check_parameters(own), "extra": {**extra, **rest}}
+    turns: list[Any] = dig([], fields, "messages")
+    if any(dig("", turn, "role") == "system" for turn in turns):
+        params["system"] = own.get("system")  # the default is for those without one
+    return build_request(messages if prompt is None else prompt, **params)
+
+
+def lock_file(file: Any, wait: bool) -> None:
+    """Lock a file until it is closed.  Raises BlockingIOError if another run has it."""
+    if sys.platform != "win32":
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except (ImportError, OSError) as error:
+            log_warning(f"no lock, so do not run it twice at once: {describe(error)}")
+
+
+def is_same_file(source: Any, file: Any) -> bool:
+    try:
+        return os.path.sameopenfile(source.fileno(), file.fileno())
+    except (AttributeError, OSError, ValueError):  # it is not a file
+        return False
+
+
+class Checkpoint:
+    """The file that a batch appends its rows to, and the requests that have one."""
+
+    def __init__(self, path: str, source: Any) -> None:
+        """Open the file, and read its rows.  It must not be the source of requests."""
+        self._path, self._lock = path, threading.Lock()
+        # For each request the custom_ids of its rows, counted.
+        self._answered: dict[bytes, collections.Counter[str]] = {}
+        try:
+            if os.path.exists(path) and not os.path.isfile(path):
+                raise InvalidRequestError(f"{path}: not a regular file")
+            self._file = open(path, "a+b", buffering=0)
+        except OSError as error:
+            raise InvalidRequestError(f"{path}: {describe(error)}") from None
+        try:
+            if is_same_file(source, self._file):
+                raise InvalidRequestError(f"{path} is the input, too")
+            lock_file(self._file, wait=False)
+            with open(path, "rb") as lines:
+                self._load(lines)
+        except BaseException as error:
+            self._file.close()
+            if isinstance(error, BlockingIOError):
+                error = InvalidRequestError(f"{path}: another run is writing to it")
+            raise error from None
+
+    def _load(self, lines: Iterable[bytes]) -> None:
+        """Remember the rows, and cut off a torn last one."""
+        end = 0
+        for number, line in enumerate(lines, 1):
+            row = read_json(line.decode("utf-8", "replace"))
+            is_whole = line.endswith(b"\n")
+            is_torn = isinstance(row, str) and not is_whole
+            if isinstance(row, dict) and {"custom_id", "response", "error"} <= set(row):
+                if row["error"] is None:
+                    key = self._key(row.get("request"))
+                    names = self._answered.setdefault(key, collections.Counter())
+                    names[str(row["custom_id"])] += 1
+                if not is_whole:
+                    self._file.write(b"\n")
+                    break
+            elif is_torn and b'{"id": "batch_req_'.startswith(line[:18]):
+                self._file.truncate(end)
+            else:
+                raise InvalidRequestError(f"{self._path}: line {number} is not a row")
+            end += len(line)
+
+    def _key(self, request: Any) -> bytes:
+        import hashlib
+
+        return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).digest()
+
+    def take(self, row: JSON, is_named: bool) -> bool:
+        """Whether the request of this row has a row already, which counts only once."""
+        names = self._answered.get(self._key(row["request"]), collections.Counter())
+        name = row["custom_id"]
+        if names[name] < 1 and not is_named:
+            unnamed = (n for n in names if names[n] > 0 and re.match(r"line-\d+$", n))
+            name = next(unnamed, name)
+        names[name] -= 1
+        return names[name] >= 0
+
+    def append(self, row: JSON) -> None:
+        """Write a row.  Once that has failed, nothing more is written."""
+        line = json.dumps(row).encode("ascii") + b"\n"
+        with self._lock:
+            try:
+                while line and not self._file.closed:  # a full disk takes a part first
+                    line = line[self._file.write(line) :]
+            except OSError as error:
+                self._file.close()
+                raise NemotronError(f"{self._path}: {describe(error)}") from error
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
+
+
 class Batch:
     """The requests of one batch, and what its workers share.
 
-    A worker takes a slot and the next request, and answers it.  The slot is free again
-    when the consumer, done with the row, comes for another: so requests in flight and
-    rows not dealt with are at most `jobs`.
+    A worker takes a slot and a request, answers it, and queues the row.  The slot
+    is free again when the consumer comes back for another row: so requests in flight
+    and rows not dealt with are at most `jobs`.
     """
 
-    def __init__(self, client: Client, requests: Iterable[tuple[int, Any]], jobs: int,
-                 defaults: JSON, seen: set[str] | None = None) -> None:
+    FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds
+
+    def __init__(
+        self, client: Client, source: Any, jobs: int, output: str | None, params: Any
+    ) -> None:
+        import logging  # noqa: F401 (before files may run out)
         import queue
-        import threading
 
-        BY_NAME["jobs"].check(jobs)
-        client._headers()  # no token, no batch
-        self._client, self._requests, self._jobs = client, iter(requests), jobs
-        self._defaults = {"model": client.model, **defaults}
-        self._rows: SimpleQueue[JSON | None] = queue.SimpleQueue()  # None: look again
+        check_value("jobs", jobs)
+        client._headers()
+        self.client, self._jobs = client, jobs
+        self._params = {"model": client.model, **check_parameters(params)}
         self._slots = threading.Semaphore(jobs)
-        self._source = threading.Lock()  # held while the next request is made
-        self._seen: set[str] = set() if seen is None else seen
-        self._state = threading.Lock()  # never held for long; of the next four:
-        self._over = False  # no more requests are taken
-        self._flying = 0  # requests taken whose rows were not
-        self._resume = 0.0  # on the clock: when the server wants to be asked again
-        self._failure: BaseException | None = None
-        self._halt = threading.Event()  # nobody waits for rows any more
+        self._rows: Any = queue.SimpleQueue()  # of rows; None wakes the consumer up
+        self._source_lock = threading.Lock()  # of the next three
+        self._names: set[str] = set()  # the custom_ids so far
+        self._taken = 0  # requests for which there will be a row
+        self.skipped = 0  # requests that have a row in the output
+        self._has_ended = False  # no more requests are taken
+        self._failure: BaseException | None = None  # why not
+        self.stopped = threading.Event()  # nobody waits for the requests in flight
+        self.pause_lock = threading.Lock()  # of the next three
+        self.paused_at = self.not_before = -math.inf  # on the clock
+        self.next_pause = self.FIRST_PAUSE
+        self._output = None if output is None else Checkpoint(output, source)
 
-    def rows(self) -> Iterator[JSON]:
-        """The rows as they come; then raises what ended the batch early."""
-        import threading
-
-        for _ in range(self._jobs):
-            threading.Thread(target=self._work, name="nemotron", daemon=True).start()
+    def rows(self, numbered: Any, parse: Any = lambda item: item) -> Iterator[JSON]:
+        """Yield the rows as they come; then raise what has ended the batch early."""
+        self._numbered, self._parse, consumed = iter(numbered), parse, 0
         try:
-            while self._unfinished():
-                row = self._rows.get()
-                if row is not None:
-                    with self._state:
-                        self._flying -= 1
+            for started in range(self._jobs):
+                try:
+                    threading.Thread(target=self._work, daemon=True).start()
+                except (RuntimeError, MemoryError) as error:  # the system has a limit
+                    if not started:
+                        raise NemotronError(f"no thread: {error}") from None
+                    break
+            while not self._has_ended or consumed < self._taken:
+                try:
+                    row = self._rows.get()
+                except KeyboardInterrupt as error:
+                    self.stop(error)
+                    row = None
+                if row:
+                    consumed += 1
                     yield row
                     self._slots.release()
+                if self.stopped.is_set() and self._rows.empty():
+                    break
         finally:
-            self._end()
-            self._halt.set()
-            for _ in range(self._jobs):  # who waits for a slot sees that it is over
-                self._slots.release()
+            self.stop()
         if self._failure:
             raise self._failure
 
-    def interrupt(self) -> None:
-        """For a signal handler: the rows that are ready, and then KeyboardInterrupt."""
-        self._failure = KeyboardInterrupt()  # no lock: it may be held where this cut in
-        self._rows.put(None)
-
-    def _unfinished(self) -> bool:
-        if isinstance(self._failure, KeyboardInterrupt):
-            return not self._rows.empty()
-        with self._state:
-            return self._flying > 0 or not self._over
-
     def _end(self, failure: BaseException | None = None) -> None:
         """Take no more requests."""
-        with self._state:
-            self._over, self._failure = True, self._failure or failure
+        self._failure = self._failure or failure
+        self._has_ended = True
         self._rows.put(None)
+
+    def stop(self, failure: BaseException | None = None) -> None:
+        """Take no more requests, and do not wait for those in flight."""
+        self._end(failure)
+        self.stopped.set()
+        for _ in range(self._jobs):  # for the workers that wait for a slot
+            self._slots.release()
+        if self._output:
+            self._output.close()
 
     def _work(self) -> None:
         while self._slots.acquire():
-            taken = self._take()
-            if not taken:
+            with self._source_lock:
+                row, body = self._take()
+            if body:
+                self._answer(row, body)
+            if not row or self.stopped.is_set():
                 break
-            row = self._answer(*taken)
-            if not self._halt.is_set():
-                self._rows.put(row)
-
-    def _take(self) -> tuple[str, Any] | None:
-        """The next request, and its custom_id; None if there is none."""
-        with self._source:
-            if self._over:
-                return None
             try:
-                number, item = next(self._requests)
+                if self._output:
+                    self._output.append(row)
+            except NemotronError as error:
+                self._end(error)
+            self._rows.put(row)
+
+    def _take(self) -> tuple[JSON, JSON]:
+        """Take the next request; return its row, and the body to send, if there is one.
+
+        Both are empty at the end.  Taking and counting are one step, under the lock.
+        """
+        while not self._has_ended:
+            try:
+                number, item = next(self._numbered)
             except BaseException as error:
                 self._end(None if isinstance(error, StopIteration) else error)
-                return None
-            name = custom_id(number, item)
-            if name in self._seen:
-                item = InvalidRequestError(f"custom_id {name:.80} was used before")
-                item.code = "duplicate_custom_id"
-            self._seen.add(name)
-        with self._state:
-            if self._over:
-                return None
-            self._flying += 1
-            return name, item
+                break
+            row, body = self._prepare(f"line-{number}", item)
+            is_named = row["custom_id"] != f"line-{number}"
+            if body and self._output and self._output.take(row, is_named):
+                self.skipped += 1
+                continue
+            self._taken += 1
+            return row, body
+        return {}, {}
 
-    def _answer(self, name: str, item: Any) -> JSON:
-        """The row of a request, whatever becomes of it."""
-        status: int | None = 200
-        error = None
+    def _prepare(self, name: str, item: Any) -> tuple[JSON, JSON]:
+        """Return the row of a request, and its body if it is valid."""
+        row: JSON = {"id": f"batch_req_{os.urandom(12).hex()}", "custom_id": name}
+        row.update(request=None, response=None, error=None)
         try:
-            if isinstance(item, NemotronError):
-                raise item
-            request = read_request(item, self._defaults)
-            self._wait(0.0)
-            body, request_id = self._client._exchange(
-                request, self._client._read_completion, self._wait, 6)
-        except Exception as failure:  # whatever it is, the request gets its row
-            if isinstance(failure, AuthenticationError):
-                self._end(failure)
-            if not isinstance(failure, NemotronError):
-                failure = NemotronError(repr(failure))
-            error = {"code": failure.code, "message": str(failure)}
-            status, body = failure.status_code, failure.body
-            request_id = failure.request_id
-        response = {"status_code": status, "request_id": request_id, "body": body}
-        return {"id": f"batch_req_{os.urandom(12).hex()}", "custom_id": name,
-                "response": response if status else None, "error": error}
+            item = self._parse(item)
+            own = item.get("custom_id") if isinstance(item, dict) else None
+            if own is not None and not isinstance(own, str):
+                raise InvalidRequestError("custom_id must be a string")
+            name = row["custom_id"] = name if own is None else own
+            if name in self._names:
+                raise DuplicateError(f"custom_id {name} was used before")
+            self._names.update([name] if own is not None else [])
+            body = json.loads(to_json(read_request(item, self._params)))
+            row["request"] = self.client._redact(body)
+            return row, body
+        except Exception as error:
+            if not isinstance(error, NemotronError):
+                error = InvalidRequestError(f"not a request: {error}")
+            row["error"] = {"code": error.code, "message": str(error)}
+            return row, {}
 
-    def _wait(self, seconds: float, failure: NemotronError | None = None) -> None:
-        """Wait before an attempt; a wait that the busy server named is everyone's."""
-        until = self._client._clock() + seconds
-        if isinstance(failure, RateLimitError) and failure.retry_after is not None:
-            with self._state:
-                self._resume = max(self._resume, until)
-        while (left := max(until, self._resume) - self._client._clock()) > 0:
-            self._halt.wait(left)
-            if self._halt.is_set():
-                raise NemotronError("the batch has ended")
+    def _answer(self, row: JSON, body: JSON) -> None:
+        """Send a request, and put what comes of it into its row."""
+        exchange, status = BatchExchange(self, body), 200
+        try:
+            exchange.send(exchange.read_completion)
+            reply = exchange.redacted
+            self.next_pause = self.FIRST_PAUSE
+        except Exception as cause:
+            is_own = isinstance(cause, NemotronError)
+            error: Any = cause if is_own else ReplyError(f"odd reply: {cause!r}")
+            if isinstance(error, AuthenticationError):
+                self._end(error)
+            row["error"] = {"code": error.code, "message": str(error)}
+            reply, status = error.body, error.status_code
+        response = {"status_code": status, "request_id": exchange.request_id}
+        row["response"] = {**response, "body": reply} if status else None
+
+
+class BatchExchange(Exchange):
+    """A call of a batch, whose workers share the pauses that a busy server needs."""
+
+    def __init__(self, batch: Batch, body: JSON) -> None:
+        super().__init__(batch.client, body, retries=6)
+        self._batch, self._paused, self._sent_at = batch, 0.0, 0.0
+
+    def _wait(self, seconds: float) -> None:
+        """Wait, and until the pause is over, but not past the deadline."""
+        clock, batch = self.client._clock, self._batch
+        until = clock() + seconds
+        while (left := min(max(until, batch.not_before), self.deadline) - clock()) > 0:
+            if batch.stopped.wait(left):
+                raise NemotronError("the batch was stopped")
+        self._sent_at = clock()
+
+    def _delay_after(self, error: NemotronError) -> float:
+        """Pause after a busy server's answer, without using up a retry.
+
+        The answer to a request that was sent before a pause does not begin another one.
+        """
+        batch, now, delay = self._batch, self.client._clock(), error.retry_after or 0.0
+        if getattr(error.__cause__, "errno", 0) in (errno.EMFILE, errno.ENFILE):
+            delay = 0.1  # until another worker has closed a file
+        elif not isinstance(error, RateLimitError):
+            return super()._delay_after(error)
+        elif delay <= self.client.timeout:
+            with batch.pause_lock:
+                if self._sent_at >= batch.paused_at:
+                    batch.paused_at = now
+                    if not delay:
+                        delay = batch.next_pause
+                        batch.next_pause = min(2 * delay, batch.MAX_PAUSE)
+                    log_warning(f"all workers pause for {delay:.1f} s: {error}")
+                batch.not_before = max(batch.not_before, now + delay)
+                delay = max(0.0, batch.not_before - now)
+        self._paused += delay
+        if now + delay >= self.deadline or self._paused > self.client.timeout:
+            raise error
+        return delay
 
 
 # -------------------------------------------------------------------- Offline server
@@ -1330,43 +1380,40 @@ class Batch:
 
 @contextlib.contextmanager
 def offline(**settings: Any) -> Iterator[Client]:
-    """A `Client` (with these settings) for a server in this process, on 127.0.0.1.
+    """A Client, with these settings, for a server in this process on 127.0.0.1.
 
-    The server answers every request, blocking or streamed, in the documented shapes,
-    with the last user message, and usage, in words.  No token, no network, no model.
+    The server answers every request with the last user message, in the documented
+    shapes, and with usage counted in words.  It needs no token, network or model.
     """
     import http.server
     import socketserver
-    import threading
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             length = int(self.headers.get("Content-Length", 0))
             body = read_json(self.rfile.read(length).decode("utf-8", "replace"))
-            streamed, joiner = step(body, "stream") is True, Joiner(True)
+            chunks, merger = list(echo(body)), ChunkMerger()
+            collections.deque(map(merger.add, chunks), maxlen=0)
+            kind, answer = "application/json", to_json(merger.completion())
+            if dig(False, body, "stream"):
+                kind, events = "text/event-stream", [*map(to_json, chunks), "[DONE]"]
+                answer = "".join(f"data: {event}\n\n" for event in events)
             self.send_response(200)
-            self.send_header("Content-Type",
-                             "text/event-stream" if streamed else "application/json")
+            self.send_header("Content-Type", kind)
             self.end_headers()
-            for chunk in echo(body):
-                joiner.add(chunk)
-                if streamed:
-                    self.wfile.write(b"data: " + to_json(chunk) + b"\n\n")
-            self.wfile.write(
-                b"data: [DONE]\n\n" if streamed else to_json(joiner.completion()))
+            self.wfile.write(answer.encode("ascii"))
 
-        def log_message(self, *args: object) -> None:
+        def log_message(self, *args: Any, **kwargs: Any) -> None:
             pass
 
     class Server(socketserver.ThreadingTCPServer):
-        daemon_threads = True
-        request_queue_size = 1024
+        daemon_threads, request_queue_size = True, 1024
 
-        def handle_error(self, *args: object) -> None:
-            pass  # a client that goes away is no news
+        def handle_error(self, *args: Any, **kwargs: Any) -> None:
+            pass  # the client has gone
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        # It looks every 0.01 s whether it is to stop: that is how long leaving takes.
+        # It looks every 0.01 seconds whether it is to stop.
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/v1/openai"
         try:
@@ -1375,612 +1422,550 @@ def offline(**settings: Any) -> Iterator[Client]:
             server.shutdown()
 
 
-def echo(body: Any) -> Iterator[Chunk]:
-    """The last user message of a request as a stream, word by word."""
-    messages = [Chunk(choices=[{"message": m}]) for m in step(body, "messages") or ()]
-    said = [m.text for m in messages if m.first("message", "role") == "user"]
-    words = re.findall(r"\s*\S+|\s+$", said[-1] if said else "")
-    sent = sum(len(m.text.split()) for m in messages)
-    usage = {"prompt_tokens": sent, "completion_tokens": len(words),
-             "total_tokens": sent + len(words), "estimated_cost": 0.0}
-    head = {"id": f"chatcmpl-{os.urandom(12).hex()}", "object": "chat.completion.chunk",
-            "created": int(time.time()), "model": step(body, "model")}
-    for index in range(step(body, "n") or 1):
-        for piece in ("", *words, STOP_TOKEN):
-            delta = {"role": "assistant", "content": piece}
-            choice = {"index": index, "delta": delta, "finish_reason": None}
-            yield Chunk(head, choices=[choice])
-        choice = {"index": index, "delta": {}, "finish_reason": "stop"}
-        yield Chunk(head, choices=[choice], usage=usage)
+def echo(body: Any) -> Iterator[JSON]:
+    """Yield the last user message of a request as a stream, word by word."""
+    prompt, sent = "", 0
+    messages: list[Any] = dig([], body, "messages")
+    for message in messages:
+        content: Any = dig(None, message, "content")
+        parts = content if isinstance(content, list) else [{"text": content}]
+        text = "".join(dig("", part, "text") for part in parts)
+        sent += len(text.split())
+        prompt = text if message["role"] == "user" else prompt
+    words = re.findall(r"\s*\S+|\s+$", prompt)
+    usage = {"prompt_tokens": sent, "completion_tokens": len(words)}
+    usage["total_tokens"] = usage["estimated_cost"] = 0
+    usage["total_tokens"] = sum(usage.values())
+    head: JSON = {
+        "id": f"chatcmpl-{os.urandom(12).hex()}",
+        "model": dig("", body, "model"),
+    }
+    head = {**head, "object": "chat.completion.chunk", "created": int(time.time())}
+    for piece in ("", *words, STOP_TOKEN, None):
+        for index in range(dig(1, body, "n")):
+            delta = {} if piece is None else {"role": "assistant", "content": piece}
+            reason = "stop" if piece is None else None
+            choice = {"index": index, "delta": delta, "finish_reason": reason}
+            yield {**head, "choices": [choice]}
+    yield {**head, "choices": [], "usage": usage}
 
 
-# ---------------------------------------------------------------------- Command line
+# --------------------------------------------------------------- Command line: options
 
-EXITS = """exit status:
-  0    a whole reply; every row of a batch whole
+HELP_END = f"""\
+examples:
+  %(prog)s 'Name two techniques to cook lamb.'
+  git diff | %(prog)s -s 'Be brief.' 'Write a commit message for this diff.'
+  %(prog)s --batch topics.txt --output rows.jsonl 'Write a question about {{}}.'
+
+exit status:
+  0    a complete reply; every row of a batch complete
   1    the API or the network failed; a batch has error rows
   2    usage: a bad option, parameter, message or file; nothing was sent
-  3    the reply is not whole: it stopped early, or at length or content_filter;
-       a batch with such rows, or stopped by --max-cost
+  3    the reply is not complete: it stopped early, or its finish_reason is
+       {", ".join(INCOMPLETE)}; a batch with such rows,
+       or stopped by --max-cost
   4    the token is missing or refused (401, 402, 403)
   5    busy after all retries (429, 503): try later
   130  Ctrl-C
-  141  the reader closed the pipe"""
-STATUSES: dict[type[NemotronError], int] = {
-    InvalidRequestError: 2, IncompleteReplyError: 3, AuthenticationError: 4,
-    RateLimitError: 5, NemotronError: 1,
-}
+  141  the reader of standard output closed the pipe"""
+OPTIONS = """\
+request    | -s --system       | TEXT | system message
+request    | -m --model        | TEXT | model; default: NEMOTRON_MODEL
+request    | -o --option       | KEY VALUE | any field; VALUE is JSON, @FILE or a string
+request    | -c --conversation | FILE | continue the conversation in FILE (JSON)
+request    | -i --interactive  |      | chat, a turn a line; exit or Ctrl-D ends it
+request    | -n --no-stdin     |      | leave standard input alone
+reply      | --no-stream       |      | wait for the whole reply
+reply      | --json            |      | print the server's JSON on one line
+reply      | -u --usage        |      | then tokens, cost and seconds on standard error
+reply      | --dry-run         |      | print the JSON body and send nothing
+batch      | --batch           | FILE | send each line of FILE (-: standard input)
+batch      | --output          | FILE | append the rows to FILE, and skip those it has
+batch      | -j --jobs         | N    | requests at a time, 1 to 200; default: 8
+batch      | --max-cost        | N    | send no more after so many US dollars
+connection | --base-url        | TEXT | default: DEEPINFRA_BASE_URL
+connection | --timeout         | N    | seconds of silence; default: 600
+connection | --deadline        | N    | seconds for a whole call
+connection | --retries         | N    | default: 2, in a batch 6
+connection | --offline         |      | use a built-in server that echoes the prompt"""
 
 
-def write_stderr(text: str) -> None:
+def write_error(text: str) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed
         sys.stderr.write(text)
         sys.stderr.flush()
 
 
-def say(text: str) -> None:
-    """One line on standard error, in its encoding."""
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    line = f"nemotron: {one_line(text)}".encode(encoding, "backslashreplace")
-    write_stderr(line.decode(encoding)[: MAX_LINE - 1] + "\n")
+def warn(message: object) -> None:
+    """Write one line to standard error."""
+    write_error(f"nemotron: {one_line(str(message))}\n")
 
 
-def write_all(file: Any, raw: bytes) -> None:
-    """Write all of it, also to a file without a buffer, which takes what it can."""
-    while raw:
-        written = file.write(raw)
-        if written is None:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-        raw = raw[written:]
+def number(text: str) -> float:
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 
-class Page:
-    """A reply on standard output: UTF-8 whatever the locale, each piece flushed.
-
-    No white space in front, one newline at the end; on a terminal, control characters
-    are shown and not obeyed.
-    """
-
-    def __init__(self) -> None:
-        if sys.stdout is None:
-            raise InvalidRequestError("standard output is closed")
-        self.terminal = sys.stdout.isatty()
-        self._file = getattr(sys.stdout, "buffer", None)
-        self._held = ""  # what only the next piece can decide about
-        self.begun = False
-
-    def write(self, piece: str) -> None:
-        text = self._held + piece if self.begun else piece.lstrip()
-        shown = text.rstrip("\r\n")
-        self._held = text[len(shown) :]
-        if shown:
-            self.begun = True
-            self._put(visible(shown) if self.terminal else shown)
-
-    def end(self) -> None:
-        """The reply is over; if any of it was written, so is its last newline."""
-        if self.begun:
-            self._put(self._held.rstrip("\r\n") + "\n")
-        self._held, self.begun = "", False
-
-    def line(self, value: object) -> None:
-        """A JSON value, alone on its line."""
-        self.write(json.dumps(value))
-        self.end()
-
-    def _put(self, text: str) -> None:
-        try:
-            raw = text.encode()
-        except UnicodeEncodeError:  # two halves make a character, one is replaced
-            if "\ud800" <= text[-1] <= "\udbff":
-                text, self._held = text[:-1], text[-1] + self._held
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            raw = text.encode()
-        if self._file is None:  # a StringIO, say
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        else:
-            write_all(self._file, raw)
-            self._file.flush()
-
-
-def is_terminal(file: Any) -> bool:
-    return file is not None and file.isatty()
-
-
-def wait_for_stdin() -> bool:
-    """After two silent seconds, say that it is being waited for; whether it was."""
-    try:
-        silent = not select.select([sys.stdin], [], [], 2.0)[0]
-    except (OSError, ValueError, TypeError):  # Windows: select is for sockets only
-        return False
-    if silent:
-        say("waiting for standard input (-n leaves it alone)")
-    return silent
-
-
-def read_stdin() -> str:
-    """All of standard input, without a BOM and the newlines at its end."""
-    file = getattr(sys.stdin, "buffer", None)
-    if file is None:  # closed, or a StringIO, say
-        return sys.stdin.read().rstrip("\r\n") if sys.stdin else ""
-    pieces, said = [b""], wait_for_stdin()
-    try:
-        while piece := file.read1(65536):
-            pieces.append(piece)
-            said = said or wait_for_stdin()
-        return b"".join(pieces).decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(f"standard input is not UTF-8: {error}") from None
-    except OSError as error:
-        raise InvalidRequestError(f"standard input: {error.strerror}") from None
-
-
-def stdin_lines() -> Iterator[bytes]:
-    """The lines of standard input as they come."""
-    wait_for_stdin()
-    try:
-        # Its own buffer: when Python ends a thread may still wait for a line here.
-        file = open(sys.stdin.fileno(), "rb", closefd=False)
-    except (OSError, AttributeError):
-        yield from (line.encode() for line in sys.stdin or ())
-    else:
-        yield from file
-
-
-# (group, flags, the value's name or "" for a switch, help); the sampling options are
-# made of PARAMETERS.  A value that is called N, S, X or USD is a number.
-OPTIONS = (
-    ("request", "-s --system", "TEXT", "system message"),
-    ("request", "-m --model", "ID", "model (or in NEMOTRON_MODEL)"),
-    ("request", "-o --option", "KEY VALUE",
-     "any other field of the body; VALUE is JSON, else a string"),
-    ("request", "-c --conversation", "FILE",
-     "continue the conversation in FILE, a JSON list of messages"),
-    ("request", "-i --interactive", "", "a chat, one turn a line"),
-    ("request", "-n --no-stdin", "", "leave standard input alone"),
-    ("reply", "--no-stream", "", "wait for the whole reply"),
-    ("reply", "--json", "", "print the server's JSON on one line"),
-    ("reply", "-u --usage", "", "then tokens, cost and seconds on standard error"),
-    ("reply", "--dry-run", "", "print the JSON body and send nothing"),
-    *(("sampling", "--" + row.name.replace("_", "-"), "X" if row.range else "TEXT",
-       f"{row.help}; {row.range}".strip("; ")) for row in PARAMETERS
-      if row.name not in ("n", "tools", "response_format")),
-    ("many requests", "--batch", "FILE", "send the lines of FILE (-: standard input)"),
-    ("many requests", "--output", "FILE", "add the rows to FILE, the checkpoint"),
-    ("many requests", "-j --jobs", "N", "requests at a time, 1 to 200 (8)"),
-    ("many requests", "--max-cost", "USD", "send no more once replies cost so much"),
-    ("connection", "--base-url", "URL", f"(or in DEEPINFRA_BASE_URL; {BASE_URL})"),
-    ("connection", "--timeout", "S", "seconds of silence (600)"),
-    ("connection", "--deadline", "S", "seconds for the whole call"),
-    ("connection", "--retries", "N", "after what may pass (2, in a batch 6)"),
-    ("connection", "--offline", "",
-     "talk to a server in this process, which sends the prompt back"),
-)
+def utf8(text: str) -> str:
+    """Return an argument that Python did not take for UTF-8 as UTF-8."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8")
 
 
 def parse_options(argv: list[str]) -> argparse.Namespace:
+    """Return the options.  Raises InvalidRequestError, or SystemExit for -h."""
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
             raise InvalidRequestError(f"{message} (-h shows the options)")
 
+    name = os.path.basename(sys.argv[0])
     parser = Parser(
-        prog="nemotron.py", usage="nemotron.py [options] [PROMPT ...]", epilog=EXITS,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        description="Send PROMPT, and standard input if it is a pipe or a file, to\n"
-        f"{MODEL} or any OpenAI-compatible endpoint.\nThe token is in DEEPINFRA_TOKEN.")
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
-    for group, rows in itertools.groupby(OPTIONS, operator.itemgetter(0)):
-        add = parser.add_argument_group(group).add_argument
-        for _, flags, value, text in rows:
-            kwargs: JSON = {"action": "store_true"}
-            if value:
-                kwargs = {"metavar": value, "type": str}
-                if value in ("N", "S", "X", "USD"):
-                    kwargs["type"] = lambda text: text if text == "null" else (
-                        read_json(text))
-                elif value == "KEY VALUE":
-                    kwargs = {"metavar": tuple(value.split()), "nargs": 2,
-                              "action": "append", "default": []}
-                elif flags == "--stop":
-                    kwargs["action"] = "append"
-            add(*flags.split(), help=text, **kwargs)
+        prog="nemotron.py" if name[:1] in ("", "-") else name,
+        usage="%(prog)s [options] [PROMPT ...]",
+        description="Send PROMPT, and standard input if it is not a terminal, to\n"
+        f"{MODEL} or any OpenAI-compatible endpoint.\nThe token is in DEEPINFRA_TOKEN.",
+        epilog=HELP_END,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("words", nargs="*", type=utf8, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=__version__)
+    rows = read_table(OPTIONS)
+    for name, _, limits, _, text in PARAMETERS:
+        if name not in ("n", "tools", "response_format"):
+            flag, kind = f"--{name.replace('_', '-')}", "N" if limits else "TEXT"
+            rows.append(["sampling", flag, kind, f"{text}; {limits}".rstrip("; ")])
+    for title, group in itertools.groupby(rows, operator.itemgetter(0)):
+        add = parser.add_argument_group(title).add_argument
+        for _, flags, kind, text in group:
+            convert = {"N": number, "FILE": str}.get(kind, utf8)
+            settings: JSON = {"metavar": kind, "type": convert}
+            if not kind:
+                settings = {"action": "store_true"}
+            elif kind == "KEY VALUE":
+                settings.update(metavar=("KEY", "VALUE"), nargs=2, action="append")
+            elif flags == "--stop":
+                settings["action"] = "append"
+            add(*flags.split(), help=text, **settings)
     end = argv.index("--") if "--" in argv else len(argv)  # after it, all are words
     options = parser.parse_intermixed_args(argv[:end])
-    options.words += argv[end + 1 :]
-    try:
-        " ".join([*options.words, options.system or ""]).encode()
-    except UnicodeEncodeError:
-        raise InvalidRequestError("the prompt is not UTF-8") from None
+    options.words += map(utf8, argv[end + 1 :])
     return options
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Raise InvalidRequestError for options that do not go together."""
-    single = ("words", "conversation", "interactive", "dry_run")
-    for names, wrong, reason in (
-        (single, options.batch is not None, "does not go with --batch"),
-        (("output", "jobs", "max_cost"), options.batch is None, "needs --batch"),
-        (("dry_run",), options.interactive, "does not go with -i"),
-    ):
-        for name in names if wrong else ():
-            if getattr(options, name) not in (None, False, []):
-                option = "PROMPT" if name == "words" else "--" + name.replace("_", "-")
-                raise InvalidRequestError(f"{option} {reason}")
+    is_batch = options.batch is not None
+    given = {k for k, value in vars(options).items() if value not in (None, False)}
+    single, several = "conversation interactive dry_run json", "output jobs max_cost"
+    wrong = given & set((single if is_batch else several).split())
+    if wrong:
+        reason = "does not go with" if is_batch else "needs"
+        raise InvalidRequestError(f"{min(wrong).replace('_', '-')} {reason} --batch")
+    if {"interactive", "dry_run"} <= given:
+        raise InvalidRequestError("--dry-run does not go with -i")
+    if sys.stdout is None and options.output is None:
+        raise InvalidRequestError("standard output is closed")
 
 
 def read_params(options: argparse.Namespace) -> JSON:
-    """The keywords of `build_request` that the options give."""
-    params = {name: getattr(options, name, None) for name in DOCUMENTED}
+    """Return the parameters that the options give; the fields of -o go into extra."""
     extra: JSON = {}
-    for key, text in options.option:
-        value = read_json(text)
-        with contextlib.suppress(InvalidRequestError):
-            to_json(value)  # which NaN is not
-            text = value
-        (params if key in params else extra)[key] = text
-    return {**params, "extra": extra}
+    for key, value in options.option or ():
+        if value.startswith("@"):
+            value = read_file(value[1:])
+        extra[key] = read_json(value)
+    is_blocking = options.no_stream or options.json or options.batch is not None
+    if options.usage and not is_blocking:
+        extra.setdefault("stream_options", {"include_usage": True})
+    allows_n = options.json or options.batch or options.dry_run
+    if extra.get("n", 1) != 1 and not allows_n:
+        raise InvalidRequestError("n over 1 needs --json or --batch")
+    params = {name: getattr(options, name, None) for name in PARAMETER_NAMES}
+    return check_parameters({**params, "system": options.system, "extra": extra})
+
+
+# ------------------------------------------- Command line: one reply and conversations
+
+
+class OutputError(NemotronError, code="output"):
+    """Standard output cannot be written; exit_status is 141 if its reader has gone."""
+
+
+def write_output(text: str) -> None:
+    """Write to standard output, and flush.  Raises OutputError."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as cause:
+        error = OutputError(f"standard output: {describe(cause)}")
+        gone = (errno.EPIPE, errno.EINVAL if os.name == "nt" else errno.EPIPE)
+        error.exit_status = 141 if cause.errno in gone else 1
+        with contextlib.suppress(OSError, ValueError):  # or exiting would fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise error from cause
+
+
+def is_terminal(file: Any) -> bool:
+    return file is not None and file.isatty()
+
+
+def write_reply(pieces: Iterable[str]) -> None:
+    """Write a reply: no white space before it, and one newline after it."""
+    begun, on_terminal, newlines = False, is_terminal(sys.stdout), ""
+    try:
+        for piece in pieces:
+            piece = piece if begun else piece.lstrip()
+            text = piece.rstrip("\r\n")
+            if text:
+                line = newlines + text
+                write_output(escape_controls(line) if on_terminal else line)
+                begun, newlines = True, piece[len(text) :]
+            else:
+                newlines += piece  # which may be the last
+        begun = True  # an empty reply is an empty line
+    except KeyboardInterrupt:
+        begun = begun or on_terminal  # which shows ^C
+        raise
+    finally:
+        if begun:
+            write_output("\n")
+
+
+def open_input(path: str) -> Any:
+    """Open a file, or standard input for "-", for which it may have to wait."""
+    if path != "-":
+        return open(path, "rb")
+    # Not the buffer of sys.stdin, which a thread may still hold when the program ends.
+    file = open(os.dup(sys.stdin.fileno()) if sys.stdin else os.devnull, "rb")
+    note = "waiting for standard input (-n leaves it alone)"
+    timer = threading.Timer(2.0, warn, [note])
+    timer.daemon = True
+    timer.start()
+    try:
+        file.peek(1)
+    finally:
+        timer.cancel()
+    return file
+
+
+def read_file(path: str) -> str:
+    """Return the text of a file, or of "-".  Raises InvalidRequestError."""
+    try:
+        with open_input(path) as file:
+            return str(file.read(), "utf-8-sig")
+    except (OSError, ValueError) as error:
+        name = "standard input" if path == "-" else path
+        raise InvalidRequestError(f"{name}: {describe(error)}") from None
 
 
 def read_prompt(words: list[str], no_stdin: bool) -> str:
-    """The words, and standard input where the word "-" is, or after them."""
+    """Return the words, and standard input where the word "-" is, or after them."""
     if no_stdin:
         return " ".join(words)
-    text = "" if "-" not in words and is_terminal(sys.stdin) else read_stdin()
-    at = words.index("-") if "-" in words else len(words)
-    parts = (" ".join(words[:at]), text, " ".join(words[at + 1 :]))
+    has_input = "-" in words or not is_terminal(sys.stdin)
+    text = read_file("-").rstrip("\r\n") if has_input else ""
+    place = words.index("-") if "-" in words else len(words)
+    parts = (" ".join(words[:place]), text, " ".join(words[place + 1 :]))
     return "\n\n".join(filter(None, parts))
 
 
 class Conversation:
-    """Messages, and the file where they are kept, if there is one."""
+    """The messages so far, and the file that keeps them, if there is one."""
 
-    def __init__(self, name: str | None, system: str | None) -> None:
-        self._path = "" if name is None else os.path.realpath(name)
-        self.messages: list[JSON] = []
-        if self._path:
-            try:
-                self._load()
-            except FileNotFoundError:
-                pass
-            except (OSError, ValueError, RecursionError) as error:
-                words = getattr(error, "strerror", None) or error
-                raise InvalidRequestError(f"{name}: {words}") from None
+    def __init__(self, path: str | None, system: str | None) -> None:
+        self._path = path and os.path.realpath(path)
+        self._text = self._read()
+        try:
+            self.messages = check_messages(json.loads(self._text or "[]"))
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequestError(f"{path}: {error}") from None
         if system is not None:
             others = [m for m in self.messages if m["role"] != "system"]
             self.messages = [{"role": "system", "content": system}, *others]
 
-    def _load(self) -> None:
-        if not os.access(os.path.dirname(self._path), os.W_OK):
-            raise InvalidRequestError("its folder cannot be written to")
-        with open(self._path, encoding="utf-8-sig") as file:
-            messages = json.load(file)
-        if not isinstance(messages, list):
-            raise InvalidRequestError("not a list of messages")
-        self.messages = check_messages(messages)
+    def _read(self) -> str:
+        """Return the text of the file, which is "" if it is new.
 
-    def with_prompt(self, prompt: str) -> list[JSON]:
-        return [*self.messages, {"role": "user", "content": prompt}]
-
-    def keep(self, messages: list[JSON]) -> None:
-        """Go on from these.  The file is the old one or the new one, never a part."""
-        if self._path:
-            try:
-                self._replace(messages)
-            except OSError as error:
-                raise NemotronError(f"{self._path}: {error.strerror}") from error
-        self.messages = messages
-
-    def _replace(self, messages: list[JSON]) -> None:
-        import shutil
+        Raises InvalidRequestError, also if the file could not be replaced later.
+        """
         import tempfile
 
-        folder = os.path.dirname(self._path)
-        handle, temporary = tempfile.mkstemp(prefix=".nemotron.", dir=folder)
+        if self._path is None:
+            return ""
         try:
-            with open(handle, "w", encoding="ascii") as file:
-                json.dump(messages, file, indent=1)
-                file.write("\n")
+            tempfile.TemporaryFile(dir=os.path.dirname(self._path)).close()
+        except OSError as error:
+            message = f"{os.path.dirname(self._path)}: {describe(error)}"
+            raise InvalidRequestError(message) from None
+        if os.path.exists(self._path) and not os.path.isfile(self._path):
+            raise InvalidRequestError(f"{self._path}: not a regular file")
+        return read_file(self._path) if os.path.exists(self._path) else ""
+
+    def save(self, messages: list[JSON]) -> None:
+        """Go on from these messages, and replace the file in one step.
+
+        Raises NemotronError, and leaves the file as it is, if it cannot be written, or
+        was changed since it was read.
+        """
+        path = self._path
+        if path is not None:
+            text = json.dumps(messages, indent=1) + "\n"
+            try:
+                self._replace(path, os.path.dirname(path), text.encode("ascii"))
+            except OSError as error:
+                raise NemotronError(f"{path}: {describe(error)}") from error
+            self._text = text
+        self.messages = messages
+
+    def _replace(self, path: str, folder: str, content: bytes) -> None:
+        import tempfile
+
+        with contextlib.ExitStack() as stack:
+            if sys.platform != "win32":  # which cannot open a folder
+                lock = os.open(folder, os.O_RDONLY)
+                stack.callback(os.close, lock)
+                lock_file(lock, wait=True)
+            if self._read() != self._text:
+                raise NemotronError(f"{path} was changed meanwhile, and is kept so")
+            temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
+            new = os.path.join(temporary, "new")
+            with open(new, "wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copymode(self._path, temporary)
-            os.replace(temporary, self._path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+            with contextlib.suppress(OSError):  # not every file system has modes
+                mode = os.stat(path).st_mode if os.path.exists(path) else 0o600
+                os.chmod(new, mode & 0o7777)
+            os.replace(new, path)
 
 
-def dollars(cost: float | None) -> str:
+def finish_problem(reply: Completion) -> str:
+    """Return the finish_reason by which a choice is not complete; "" if all are."""
+    choices: list[Any] = dig([], reply, "choices")
+    reasons = [dig("", choice, "finish_reason") for choice in choices]
+    return next((reason for reason in reasons if reason in INCOMPLETE), "")
+
+
+def format_cost(cost: float | None) -> str:
     return "cost unknown" if cost is None else f"${cost:.8f}".rstrip("0").rstrip(".")
 
 
-def ask(client: Client, options: argparse.Namespace, messages: list[JSON],
-        params: JSON) -> Completion:
-    """Send the messages, print the reply as it comes, and say what is to say of it."""
-    page, began = Page(), time.monotonic()
-    try:
-        if options.json or options.no_stream:
-            reply = client.chat(messages, **params)
-            page.write(json.dumps(reply) if options.json else reply.text)
-        else:
-            with client.stream(messages, **params) as pieces:
-                for piece in pieces:
-                    page.write(piece)
-                reply = pieces.completion()
-        page.begun = True  # an empty reply is an empty line
-    except KeyboardInterrupt:
-        page.begun |= page.terminal  # ^C is there already
-        raise
-    finally:
-        page.end()
-    if reply.cut:
-        say(f"the reply is not whole: it stopped at {reply.cut}"
-            + (" (see --max-tokens)" if reply.cut == "length" else ""))
+def print_reply(client: Client, options: Any, messages: Any, params: JSON) -> Any:
+    """Send the messages, print the reply as it arrives, and return it."""
+    began = time.monotonic()
+    if options.json or options.no_stream:
+        reply = client.chat(messages, **params)
+        write_reply([json.dumps(reply) if options.json else reply.text])
+    else:
+        with client.stream(messages, **params) as stream:
+            write_reply(stream)
+            reply = stream.completion()
+    problem = finish_problem(reply)
+    if problem:
+        cure = " (--max-tokens sets it)" if problem == "length" else ""
+        warn(f"the reply is not complete, its finish_reason is {problem}{cure}")
     if reply.tool_calls and not options.json:
-        say("the reply calls tools: --json shows how")
+        warn("the reply calls tools: --json shows how")
     if options.usage:
-        usage, model = reply.usage, reply.get("model")
-        tokens = (str(usage.get(f"{x}_tokens", "?")) for x in ("prompt", "completion"))
-        other = f", model {model}" if model not in (None, params["model"]) else ""
-        say(f"{' + '.join(tokens)} tokens, {dollars(reply.cost)}, "
-            f"{time.monotonic() - began:.1f} s{other}")
+        usage, model = reply.usage, dig("", reply, "model")
+        tokens = [str(usage.get(f"{x}_tokens", "?")) for x in ("prompt", "completion")]
+        other = f", model {model}" if model not in ("", params["model"]) else ""
+        cost, seconds = format_cost(reply.cost), time.monotonic() - began
+        warn(f"{' + '.join(tokens)} tokens, {cost}, {seconds:.1f} s{other}")
     return reply
 
 
 def read_turns(words: list[str], no_stdin: bool) -> Iterator[str]:
-    """What is said in a chat, turn by turn: the words, then standard input by lines."""
-    if words:
-        yield " ".join(words)
+    """Yield the turns of a chat: the words, then standard input line by line."""
+    yield " ".join(words)
     if no_stdin:
         return
     if not is_terminal(sys.stdin):
-        for line in stdin_lines():
-            yield line.decode("utf-8-sig", "replace")
+        yield from (line.decode("utf-8-sig", "replace") for line in open_input("-"))
         return
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    edited = is_terminal(sys.stdout) and is_terminal(sys.stderr)
+    warn("exit or Ctrl-D ends the chat, Ctrl-C drops a turn")
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (input() then edits lines, and knows the last)
+        import readline  # which input() then uses
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one turn
     while True:
         try:
-            if edited:
+            if is_terminal(sys.stdout):
                 yield input("> ")
-                continue
-            write_stderr("> ")
-            text = sys.stdin.readline()
-            if not text:
-                raise EOFError
-            yield text
-        except KeyboardInterrupt:
-            write_stderr("\n")
-        except EOFError:
-            write_stderr("\n")
-            return
+            else:
+                write_error("> ")
+                yield sys.stdin.readline() or "exit"
+        except (KeyboardInterrupt, EOFError) as error:
+            write_error("\n")
+            if isinstance(error, EOFError):
+                return
 
 
-def converse(client: Client, options: argparse.Namespace, conversation: Conversation,
-             params: JSON) -> int:
-    """A chat: a turn that fails is dropped, and the chat goes on."""
-    client._headers()  # without a token, or without an output, no turn could go well
-    Page()
-    for line in map(str.strip, read_turns(options.words, options.no_stdin)):
-        messages = conversation.with_prompt(line)
+def run_chat(client: Client, options: argparse.Namespace, params: JSON) -> int:
+    """Chat until the user ends it; a turn that fails is dropped."""
+    conversation = Conversation(options.conversation, params.pop("system", None))
+    client._headers()  # without a token, no turn can succeed
+    for text in map(str.strip, read_turns(options.words, options.no_stdin)):
+        if text == "exit":
+            break
         try:
-            if line:
-                reply = ask(client, options, messages, params)
-                conversation.keep([*messages, reply.message])
-        except KeyboardInterrupt:
-            say("stopped; this turn is dropped")
+            if text:
+                turn = [*conversation.messages, {"role": "user", "content": text}]
+                reply = print_reply(client, options, turn, params)
+                conversation.save([*turn, reply.message])
+        except OutputError:
+            raise
         except NemotronError as error:
-            say(str(error))
+            warn(error)
+        except KeyboardInterrupt:
+            warn("stopped, this turn is dropped")
     return 0
 
 
-class Rows:
-    """The file of a batch's rows, which is its checkpoint.
-
-    `answered`: the custom_id of each request with its reply, and whether it is whole.
-    """
-
-    FIELDS = frozenset(("custom_id", "response", "error"))
-    START = b'{"id": "batch_req_'  # by which a torn row is known
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self.answered: dict[str, bool] = {}
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise InvalidRequestError(f"{path}: not a regular file")
-        try:
-            self._file = open(path, "a+b", buffering=0)
-            self._lock()
-            with open(path, "rb") as lines:
-                self._load(lines)
-        except BlockingIOError:
-            raise InvalidRequestError(f"{path}: another run is writing to it") from None
-        except OSError as error:
-            raise InvalidRequestError(f"{path}: {error.strerror}") from None
-
-    def _lock(self) -> None:
-        """Raise BlockingIOError if another process has it."""
-        if sys.platform == "win32":
-            import msvcrt
-
-            self._file.seek(1 << 40)  # a byte that nobody reads
-            try:
-                msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
-            except OSError as error:
-                raise BlockingIOError from error
-        else:
-            import fcntl
-
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def _load(self, lines: Iterable[bytes]) -> None:
-        end = 0
-        for number, line in enumerate(lines, 1):
-            row = read_json(line.decode("utf-8", "replace"))
-            whole = line.endswith(b"\n")
-            torn = isinstance(row, str) and (
-                line.startswith(self.START) or self.START.startswith(line))
-            if isinstance(row, dict) and self.FIELDS <= row.keys():
-                if row["error"] is None:
-                    reply = Completion(step(row, "response", "body") or {})
-                    self.answered[str(row["custom_id"])] = not reply.cut
-                if not whole:  # all of it but its end was written
-                    write_all(self._file, b"\n")
-                    break
-            elif whole or not torn:
-                raise InvalidRequestError(f"{self._path}: line {number} is no row")
-            else:
-                self._file.truncate(end)
-            end += len(line)
-
-    def add(self, value: object) -> None:
-        try:
-            write_all(self._file, json.dumps(value).encode("ascii") + b"\n")
-        except OSError as error:
-            raise NemotronError(f"{self._path}: {error.strerror}") from error
+def run_prompt(client: Client, options: argparse.Namespace, params: JSON) -> int:
+    """Send one prompt, and print the reply."""
+    conversation = Conversation(options.conversation, params.pop("system", None))
+    messages = conversation.messages
+    prompt = read_prompt(options.words, options.no_stdin)
+    if prompt:
+        messages = [*messages, {"role": "user", "content": prompt}]
+    elif last_turn(messages)[1] not in ("user", "tool"):
+        usage = "nemotron.py [options] [PROMPT ...] (-h shows the options)"
+        raise InvalidRequestError(f"no prompt: {usage}")
+    if options.dry_run:
+        is_stream = not (options.json or options.no_stream)
+        body = build_request(messages, stream=is_stream, **params)
+        write_output(to_json(body) + "\n")
+        return 0
+    reply = print_reply(client, options, messages, params)
+    conversation.save([*messages, reply.message])
+    return 3 if finish_problem(reply) else 0
 
 
-class Tally:
-    """How far a batch has come; on a terminal it is shown all the while."""
+# ------------------------------------------------ Command line: batches, and the start
 
-    def __init__(self, total: int, live: bool) -> None:
-        self._total, self._live = total, live
-        self._began, self._shown = time.monotonic(), 0.0
-        self.sent = self.failed = self.cut = self.before = self.unpriced = 0
-        self.cost = 0.0
-        self.stopped = False  # by --max-cost
 
-    def add(self, row: JSON) -> None:
-        self.sent += 1
+class Progress:
+    """What has become of a batch so far, and why it is to stop."""
+
+    MAX_FAILURES = 20  # in a row
+
+    def __init__(self, total: int, max_cost: float | None) -> None:
+        self._total, self._max_cost = total, max_cost  # a total of 0 is not known
+        self._began, self._drawn, self._cost = time.monotonic(), 0.0, 0.0
+        self._done = self._truncated = self._failures_in_a_row = 0
+        self._codes: collections.Counter[str] = collections.Counter()  # of error rows
+        self.stop_reason, self.has_stopped = "", False
+
+    def add(self, row: JSON, skipped: int) -> None:
+        """Count a row, and show the progress."""
+        self._done += 1
         if row["error"]:
-            self.failed += 1
+            if not self._codes:
+                self.draw("")
+                warn(f"first failure, {row['custom_id']}: {row['error']['message']}")
+            self._codes[row["error"]["code"]] += 1
+            self._failures_in_a_row += row["request"] is not None
+            if self._failures_in_a_row >= self.MAX_FAILURES:
+                self.stop_reason = (
+                    f"stopped by {self._failures_in_a_row} failures in a row"
+                )
         else:
             reply = Completion(row["response"]["body"])
-            self.cut += bool(reply.cut)
-            self.unpriced += reply.cost is None
-            self.cost += reply.cost or 0.0
-        if self._live and time.monotonic() > self._shown + 0.1:
-            self._shown = time.monotonic()
-            self._draw(str(self))
+            self._failures_in_a_row = 0
+            self._truncated += finish_problem(reply) != ""
+            self._cost += reply.cost or 0.0
+            if self._max_cost is not None and (reply.cost is None or reply.cost < 0):
+                self.stop_reason = "stopped: --max-cost, but a reply names no cost"
+            elif self._max_cost is not None and self._cost >= self._max_cost:
+                self.stop_reason = "stopped by --max-cost"
+        if time.monotonic() > self._drawn + 0.1:
+            self._drawn = time.monotonic()
+            self.draw(self.summary(skipped))
 
-    def __str__(self) -> str:
-        done, seconds = self.sent + self.before, time.monotonic() - self._began
-        rate = self.sent / max(seconds, 1e-3)
-        left = (self._total - done) / rate if rate else 0
+    def summary(self, skipped: int) -> str:
+        seconds = time.monotonic() - self._began
+        done, rate = self._done + skipped, self._done / max(seconds, 0.001)
+        left = max(0, self._total - done) / max(rate, 0.001)
+        codes = ", ".join(f"{n} {code}" for code, n in self._codes.most_common())
         parts = (
             f"{done} of {self._total} done" if self._total else f"{done} done",
-            f"{self.before} of them before" if self.before else "",
-            f"{self.failed} failed",
-            f"{self.cut} cut short" if self.cut else "",
-            f"{rate:.1f}/s, {dollars(self.cost)}",
-            f"{self.unpriced} replies without a cost" if self.unpriced else "",
-            f"{seconds:.1f} s",
-            f"{left:.0f} s left" if left > 0 else "",
-            "stopped by --max-cost" if self.stopped else "",
+            f"{skipped} of them before" if skipped else "",
+            f"{sum(self._codes.values())} failed" + (f" ({codes})" if codes else ""),
+            f"{self._truncated} not complete" if self._truncated else "",
+            f"{rate:.1f}/s, {format_cost(self._cost)}, {seconds:.1f} s",
+            f"{left:.0f} s left" if left else "",
+            self.stop_reason if self.has_stopped else "",
         )
         return ", ".join(filter(None, parts))
 
-    def _draw(self, text: str) -> None:
-        """Over the same line; what is said next goes over it."""
-        import shutil
+    def draw(self, text: str) -> None:
+        """Redraw the progress line in place, on a terminal."""
+        if is_terminal(sys.stderr):
+            import shutil
 
-        width = (shutil.get_terminal_size().columns or 80) - 1
-        write_stderr("\r" + text[:width].ljust(width) + "\r")
-
-    def finish(self) -> None:
-        if self._live:
-            self._draw("")
-        say(str(self))
+            width = (shutil.get_terminal_size().columns or 80) - 1
+            write_error("\r" + text[:width].ljust(width) + "\r")
 
     def status(self) -> int:
-        return 1 if self.failed else 3 if self.cut or self.stopped else 0
+        return 1 if self._codes else 3 if self._truncated or self.has_stopped else 0
 
 
-def unanswered(lines: Iterable[bytes], answered: dict[str, bool], seen: set[str],
-               tally: Tally, max_cost: float | None) -> Iterator[tuple[int, Any]]:
-    """(number, request) of each line that has no row yet, while there is money left."""
-    for number, line in enumerate(lines, 1):
-        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if not line.strip():
-            continue
-        try:
-            request = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            request = InvalidRequestError(f"line {number} is not JSON: {error}")
-        name = custom_id(number, request)
-        whole = answered.get(name)
-        if whole is not None and name not in seen:
-            seen.add(name)
-            tally.before += 1
-            tally.cut += not whole
-        elif max_cost is not None and tally.cost >= max_cost:
-            tally.stopped = True
-            return
-        else:
-            yield number, request
+def parse_line(template: str, line: bytes) -> Any:
+    """Return the request in a line of a batch file.  Raises ValueError."""
+    text = line.decode("utf-8-sig").strip()
+    item = json.loads(text) if text[:1] in ("{", "[", '"') else text
+    if not isinstance(item, str) or not template:
+        return item
+    return template.replace("{}", item) if "{}" in template else f"{template}\n\n{item}"
+
+
+def read_lines(file: Any, progress: Progress) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines that are not empty, and their numbers, until it is to stop."""
+    for number, line in enumerate(file, 1):
+        if line.strip() and progress.stop_reason:
+            progress.has_stopped = True
+            break
+        if line.strip():
+            yield number, line
 
 
 def run_batch(client: Client, options: argparse.Namespace, params: JSON) -> int:
-    """Send the requests of a file; the rows go to a file, or to standard output."""
-    build_request("", **params, system=options.system)  # the defaults are sound
-    jobs = 8 if options.jobs is None else options.jobs
-    given({"jobs": jobs, "max_cost": options.max_cost})
-    client._headers()
-    total, live = 0, is_terminal(sys.stderr)
-    with contextlib.ExitStack() as stack:
-        if options.batch == "-":
-            lines: Iterable[bytes] = stdin_lines()
-        else:
-            try:
-                lines = file = stack.enter_context(open(options.batch, "rb"))
-                if live and file.seekable():
-                    total = sum(1 for line in file if line.strip())
-                    file.seek(0)
-            except OSError as error:
-                words = f"{options.batch}: {error.strerror}"
-                raise InvalidRequestError(words) from None
-        answered: dict[str, bool] = {}
-        if options.output is None:
-            write = Page().line
-        else:
-            rows = Rows(options.output)
-            write, answered = rows.add, rows.answered
-        tally = Tally(total, live)
-        seen: set[str] = set()
-        requests = unanswered(lines, answered, seen, tally, options.max_cost)
-        defaults = {**params, "system": options.system}
-        batch = Batch(client, requests, jobs, defaults, seen)
-        stack.callback(tally.finish)
-        stack.enter_context(on_interrupt(batch.interrupt))
-        for row in batch.rows():
-            write(row)
-            tally.add(row)
-        return tally.status()
-
-
-@contextlib.contextmanager
-def on_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """Act at the first Ctrl-C; the second one is as ever."""
-    import signal
-    import threading
-
-    def handle(*args: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        act()
-
-    main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, handle) if main_thread else None
+    """Send each line of a file; the rows go to a file, or to standard output."""
+    if options.max_cost is not None:
+        check_value("max_cost", options.max_cost)
+    total, template = 0, " ".join(options.words)
     try:
-        yield
+        file = open_input(options.batch)
+    except OSError as error:
+        raise InvalidRequestError(f"{options.batch}: {describe(error)}") from None
+    if is_terminal(sys.stderr) and os.path.isfile(options.batch):
+        total = sum(1 for line in file if line.strip())
+        file.seek(0)
+    progress = Progress(total, options.max_cost)
+    jobs = 8 if options.jobs is None else options.jobs
+    batch = Batch(client, file, jobs, options.output, params)
+    rows = batch.rows(read_lines(file, progress), lambda x: parse_line(template, x))
+
+    def take_rows() -> None:
+        for row in rows:
+            if options.output is None:
+                write_output(json.dumps(row) + "\n")
+            progress.add(row, batch.skipped)
+
+    try:
+        take_rows()
+    except KeyboardInterrupt as error:
+        batch.stop(error)
+        take_rows()  # those that are complete
+        raise
     finally:
-        if main_thread:
-            signal.signal(signal.SIGINT, before)
+        progress.draw("")
+        warn(progress.summary(batch.skipped))
+    return progress.status()
 
 
 def run(options: argparse.Namespace) -> int:
@@ -1988,60 +1973,44 @@ def run(options: argparse.Namespace) -> int:
     params = read_params(options)
     names = ("model", "base_url", "timeout", "deadline", "retries")
     settings = {name: getattr(options, name) for name in names}
-    context: contextlib.AbstractContextManager[Client] = (
-        offline(**settings) if options.offline
-        else contextlib.nullcontext(Client(**settings)))
-    with context as client:
+    with contextlib.ExitStack() as stack:
+        if options.offline:
+            client = stack.enter_context(offline(**settings))
+        else:
+            client = Client(**settings)
         params["model"] = client.model
         if options.batch is not None:
             return run_batch(client, options, params)
-        conversation = Conversation(options.conversation, options.system)
-        streamed = not (options.json or options.no_stream)
-        build_request(conversation.with_prompt(""), **params)
-        if params["n"] not in (None, 1) and not (options.json or options.dry_run):
-            raise InvalidRequestError("n over 1 needs --json or --batch")
-        if options.interactive:
-            return converse(client, options, conversation, params)
-        if not options.words and is_terminal(sys.stdin):
-            raise InvalidRequestError("no prompt: nemotron.py [options] [PROMPT ...] "
-                                      "(-h shows the options)")
-        prompt = read_prompt(options.words, options.no_stdin)
-        if not prompt:
-            raise InvalidRequestError("no prompt (-h shows the options)")
-        messages = conversation.with_prompt(prompt)
-        if options.dry_run:
-            body = build_request(messages, stream=streamed, **params)
-            Page().line(json.loads(to_json(body)))
-            return 0
-        reply = ask(client, options, messages, params)
-        conversation.keep([*messages, reply.message])
-        return 3 if reply.cut else 0
+        converse = run_chat if options.interactive else run_prompt
+        return converse(client, options, params)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; the exit status.  `argv` is without the program's name."""
+    """Run the command line, and return its exit status.
+
+    argv is without the program's name; None: sys.argv[1:].
+    """
+    streams: list[Any] = [sys.stdout, sys.stderr]
+    for file in streams:
+        with contextlib.suppress(AttributeError):  # it is closed
+            file.reconfigure(encoding="utf-8", errors="replace")
     try:
-        try:
-            return run(parse_options(sys.argv[1:] if argv is None else argv))
-        except SystemExit as end:  # of -h and --version
-            sys.stdout.flush()
-            return int(end.code or 0)
+        return run(parse_options(sys.argv[1:] if argv is None else argv))
+    except SystemExit as end:  # of -h and --version
+        return int(end.code or 0)
     except KeyboardInterrupt:
         return 130
     except NemotronError as error:
-        say(str(error))
-        return next(STATUSES[kind] for kind in STATUSES if isinstance(error, kind))
-    except OSError as error:  # of standard output: all others are dealt with
-        with contextlib.suppress(OSError, ValueError):  # or exiting would fail again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if isinstance(error, BrokenPipeError):
-            return 141
-        say(f"standard output: {error.strerror}")
+        if error.exit_status != 141:
+            warn(error)
+        return error.exit_status
+    except OSError as error:
+        warn(f"{error.filename or 'failed'}: {describe(error)}")
         return 1
 
 
 if __name__ == "__main__":
     status = main()
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError):
         sys.stdout.flush()
     os._exit(status)  # tearing Python down would add a tenth to the time of a call

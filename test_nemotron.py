@@ -1,11 +1,12 @@
-"""Tests of nemotron.py: standard library, no network but loopback, nothing patched.
+"""Tests of nemotron.py: standard library only, no network but loopback.
 
-One server, `Server`, answers with what a case says, byte for byte.  Time is never
-slept away: a `Client` has `_clock` and `_sleep`, and what must wait waits for an event.
+`Server` answers with what a case says, byte for byte.  Nothing sleeps to let time pass: a
+Client has a clock and a sleep of its own, and what must wait waits for an event.
 """
 
 from __future__ import annotations
 
+import ast
 import collections
 import contextlib
 import io
@@ -16,10 +17,10 @@ import os
 import pathlib
 import pickle
 import re
+import select
 import shutil
 import signal
 import socket
-import ssl
 import struct
 import subprocess
 import sys
@@ -27,6 +28,7 @@ import tempfile
 import threading
 import time
 import unittest
+from unittest import mock
 
 import nemotron
 
@@ -34,64 +36,86 @@ HERE = pathlib.Path(__file__).resolve().parent
 TOKEN = "s3cret-token/of+tests=="
 POSIX = os.name == "posix"
 
-# ---------------------------------------------------------------- The loopback server
+# --------------------------------------------------------------- The loopback server
 
 Answer = collections.namedtuple("Answer", "pieces status headers framing end")
 
 
 def answer(*pieces, status=200, headers=(), framing="length", end="clean"):
-    """What the server sends: framing is length, chunked (each piece one chunk) or close;
-    end is clean, short (framing says more), reset, or stall."""
+    """What the server sends.
+
+    framing is length, chunked (one chunk for each piece) or close; end is clean, short
+    (the framing promises more), reset, or stall.
+    """
     raw = [p.encode() if isinstance(p, str) else p for p in pieces]
     return Answer(raw, status, dict(headers), framing, end)
 
 
-def sse(*datas, done=True, **kwargs):
+def sse(*datas, done=True, framing="chunked", headers=(), **kwargs):
     """A stream with these objects (or texts) as its data."""
     texts = [d if isinstance(d, str) else json.dumps(d) for d in datas]
     texts += ["[DONE]"] * done
-    kwargs = {"framing": "chunked", "headers": {"Content-Type": "text/event-stream"},
-              **kwargs}
-    return answer(*[f"data: {text}\n\n" for text in texts], **kwargs)
+    headers = {"Content-Type": "text/event-stream", **dict(headers)}
+    pieces = [f"data: {text}\n\n" for text in texts]
+    return answer(*pieces, framing=framing, headers=headers, **kwargs)
 
 
 def delta(content=None, finish=None, index=0, **fields):
+    """A chunk that adds content to a choice."""
     part = {} if content is None else {"role": "assistant", "content": content}
     choice = {"index": index, "delta": part, "finish_reason": finish}
-    return {"id": "c1", "object": "chat.completion.chunk", "created": 7, "model": "m",
-            "choices": [choice], **fields}
+    head = {"id": "c1", "object": "chat.completion.chunk", "created": 7, "model": "m"}
+    return {**head, "choices": [choice], **fields}
 
 
-USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5,
-         "estimated_cost": 0.25}
+END = delta(finish="stop")
+USAGE = {
+    "prompt_tokens": 3,
+    "completion_tokens": 2,
+    "total_tokens": 5,
+    "estimated_cost": 0.25,
+}
 
 
 def completion(content="ok", finish="stop", **fields):
     message = {"role": "assistant", "content": content}
     choice = {"index": 0, "message": message, "finish_reason": finish}
-    return {"id": "c1", "object": "chat.completion", "created": 7, "model": "m",
-            "choices": [choice], "usage": USAGE, **fields}
+    head = {"id": "c1", "object": "chat.completion", "created": 7, "model": "m"}
+    return {**head, "choices": [choice], "usage": USAGE, **fields}
 
 
 def reply(*args, **kwargs):
     return answer(json.dumps(completion(*args, **kwargs)))
 
 
+def last_text(request):
+    return request.json["messages"][-1]["content"]
+
+
+def echo(request):
+    """Answer with the last message, at a cost of 0.25."""
+    text = last_text(request)
+    if request.json.get("stream"):
+        return sse(delta(text), delta(finish="stop", usage=USAGE))
+    return reply(text)
+
+
 class Request:
     def __init__(self, line, headers, body):
         self.method, self.path, _ = line.split(" ")
-        self.headers = {k.lower(): v for k, v in headers}
-        self.raw = body
+        self.headers = {name.lower(): value for name, value in headers}
         self.json = json.loads(body) if body else None
 
 
 class Server:
-    """Answers on 127.0.0.1 with `answers`: one for each request, the last for all that
-    follow; or with what a function of the Request returns."""
+    """Answers on 127.0.0.1 with `answers`, one for each request, the last for the rest.
+
+    An answer may be a function of the Request; None closes the connection.
+    """
 
     def __init__(self, *answers):
         self._answers, self._lock = answers, threading.Lock()
-        self.requests, self.flying, self.most = [], 0, 0
+        self.requests, self.in_flight, self.most_in_flight = [], 0, 0
         self.over = threading.Event()  # lets a stall end
         self.tls = None  # or an SSLContext
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=512)
@@ -99,18 +123,16 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}/v1"
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self):
         self.over.set()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def client(self, **settings):
-        client = nemotron.Client(
-            **{"token": TOKEN, "base_url": self.url, "timeout": 10, **settings})
+        """A client of this server that does not sleep; `slept` has the seconds."""
+        settings = {"token": TOKEN, "base_url": self.url, "timeout": 30, **settings}
+        client = nemotron.Client(**settings)
         client.slept = []
         client._sleep = client.slept.append
         return client
@@ -121,7 +143,9 @@ class Server:
                 connection, _ = self._socket.accept()
             except OSError:
                 return
-            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            threading.Thread(
+                target=self._serve, args=(connection,), daemon=True
+            ).start()
 
     def _serve(self, connection):
         if self.tls:
@@ -134,39 +158,37 @@ class Server:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             with connection.makefile("rb") as file:
                 line = file.readline().decode().strip()
-                if not line:
-                    return
                 headers = []
                 while header := file.readline().decode().strip():
                     headers.append(header.split(": ", 1))
                 length = int(dict(headers).get("Content-Length", 0))
                 body = file.read(length)
-                if len(body) < length:  # the client is gone
+                if not line or len(body) < length:  # the client is gone
                     return
-                request = Request(line, headers, body)
             with self._lock:
                 number = len(self.requests)
-                self.requests.append(request)
-                self.flying += 1
-                self.most = max(self.most, self.flying)
+                self.requests.append(Request(line, headers, body))
+                self.in_flight += 1
+                self.most_in_flight = max(self.most_in_flight, self.in_flight)
             try:
                 source = self._answers[min(number, len(self._answers) - 1)]
-                self._send(connection, source(request) if callable(source) else source)
+                what = source(self.requests[number]) if callable(source) else source
+                if what is not None:
+                    self._send(connection, what)
             finally:
                 with self._lock:
-                    self.flying -= 1
+                    self.in_flight -= 1
 
     def _send(self, connection, what):
-        if what is None:  # gone before a word
-            return
         headers = dict(what.headers)
         if what.framing == "length":
             extra = 10 if what.end != "clean" else 0
             headers["Content-Length"] = sum(map(len, what.pieces)) + extra
         elif what.framing == "chunked":
             headers["Transfer-Encoding"] = "chunked"
-        head = "".join(f"{k}: {v}\r\n" for k, v in headers.items())
-        connection.sendall(f"HTTP/1.1 {what.status} Words\r\n{head}\r\n".encode("latin-1"))
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"HTTP/1.1 {what.status} Reason\r\n{head}\r\n"
+        connection.sendall(head.encode("latin-1"))
         for piece in what.pieces:
             if what.framing == "chunked":
                 piece = b"%x\r\n%s\r\n" % (len(piece), piece)
@@ -174,80 +196,72 @@ class Server:
         if what.framing == "chunked" and what.end == "clean":
             connection.sendall(b"0\r\n\r\n")
         if what.end == "stall":
-            self.over.wait(30)
+            self.over.wait(60)
         if what.end == "reset":
-            # What was sent must have been read, or the reset would throw it away.
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                  struct.pack("ii", 1, 0))
-
-
-def quiet(function):
-    """Run a test with the logger's warnings kept out of the output."""
-    def run(self):
-        with self.assertLogs("nemotron", "WARNING") as self.logged:
-            logging.getLogger("nemotron").warning("none so far")
-            function(self)
-    run.__name__ = function.__name__
-    return run
-
-
-def program(*args, stdin=b"", env=(), **kwargs):
-    """Run nemotron.py as a program; (status, stdout, stderr), as text."""
-    done = subprocess.run(
-        [sys.executable, str(HERE / "nemotron.py"), *map(str, args)],
-        input=stdin, capture_output=True, env=environment(**dict(env)), timeout=60, **kwargs)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+            linger = struct.pack("ii", 1, 0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
 def environment(**extra):
-    keep = ("PATH", "HOME", "SYSTEMROOT", "TMPDIR", "LANG")
+    keep = ("PATH", "HOME", "SYSTEMROOT", "TMPDIR")
     base = {name: os.environ[name] for name in keep if name in os.environ}
-    return {**base, **{k: v for k, v in extra.items() if v is not None}}
+    return {**base, **extra}
 
 
-def main(*args, stdin=""):
-    """Call main(); (status, stdout, stderr)."""
-    out, err = io.StringIO(), io.StringIO()
-    before, sys.stdin = sys.stdin, io.StringIO(stdin)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = nemotron.main([str(arg) for arg in args])
-    finally:
-        sys.stdin = before
-    return status, out.getvalue(), err.getvalue()
+def program(*args, stdin=b"", file=None, env=(), stdout=subprocess.PIPE):
+    """Run nemotron.py; return its status, standard output and standard error."""
+    source = {"input": stdin} if file is None else {"stdin": file}
+    done = subprocess.run(
+        [sys.executable, str(HERE / "nemotron.py"), *map(str, args)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        env=environment(**dict(env)),
+        timeout=120,
+        **source,
+    )
+    return done.returncode, (done.stdout or b"").decode(), done.stderr.decode()
 
 
 class Case(unittest.TestCase):
+    maxDiff = None
+
     def setUp(self):
         self.folder = pathlib.Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.folder)
-        kept = {name: os.environ.pop(name) for name in list(os.environ)
-                if name.startswith(("DEEPINFRA_", "NEMOTRON_"))
-                or name.lower().endswith("_proxy")}
-        self.addCleanup(os.environ.update, kept)
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        names = [
+            name
+            for name in os.environ
+            if name.startswith(("DEEPINFRA_", "NEMOTRON_")) or "proxy" in name.lower()
+        ]
+        patch = mock.patch.dict(os.environ)
+        patch.start()
+        self.addCleanup(patch.stop)
+        for name in names:
+            del os.environ[name]
+        logger = logging.getLogger("nemotron")
+        self.logged = []
+        handler = logging.Handler()
+        handler.emit = lambda record: self.logged.append(record.getMessage())
+        logger.addHandler(handler)
+        self.addCleanup(logger.removeHandler, handler)
 
     def serve(self, *answers):
         server = Server(*answers)
-        self.addCleanup(server.__exit__)
+        self.addCleanup(server.close)
         return server
 
-    def setenv(self, **variables):
-        os.environ.update(variables)
-        for name in variables:
-            self.addCleanup(os.environ.pop, name, None)
-
     def refused(self, call, *args, **kwargs):
-        """The words of the InvalidRequestError that the call raises."""
+        """Return the message of the InvalidRequestError that the call raises."""
         with self.assertRaises(nemotron.InvalidRequestError) as caught:
             call(*args, **kwargs)
         return str(caught.exception)
 
 
-# -------------------------------------------------------------- Parameters and requests
+# ------------------------------------------------------------ Parameters and requests
 
-# (name, accepted, refused), written out from the provider's page and OpenAPI file.
+# (name, accepted, refused), from the provider's page and OpenAPI file.
 BOUNDS = (
-    ("temperature", (0, 2, 0.7, 1), (-0.001, 2.001, True, "1", float("nan"))),
+    ("temperature", (0, 2, 0.7), (-0.001, 2.001, True, "1", float("nan"), 10**400)),
     ("top_p", (0.001, 1), (0, 1.001, -1)),
     ("min_p", (0, 1), (-0.001, 1.001)),
     ("top_k", (0, 999), (-1, 1000, 1.0, True)),
@@ -255,7 +269,7 @@ BOUNDS = (
     ("presence_penalty", (-2, 2), (-2.001, 2.001, float("inf"))),
     ("frequency_penalty", (-2, 2), (-2.001, 2.001)),
     ("repetition_penalty", (0.01, 5), (0.0099, 5.001)),
-    ("seed", (0, 2**63 - 1), (-1, 2**63, 9223372036854776000, 1.0)),
+    ("seed", (0, 2**63 - 1), (-1, 2**63, 1.0)),
     ("tool_choice", ("none", "auto"), ("required", "", {}, [])),
     ("user", ("", "me"), (1, ["me"])),
     ("stop", ("x", ["x"], ["x"] * 16), ([], ["x"] * 17, [1], 1)),
@@ -263,119 +277,132 @@ BOUNDS = (
     ("tools", ([], [{"type": "function"}]), ({}, ["f"])),
     ("response_format", ({"type": "json_object"},), ("json", [])),
 )
-
-
-class ParameterTests(Case):
-    def test_bounds_written_out(self):
-        self.assertEqual({row[0] for row in BOUNDS}, set(nemotron.DOCUMENTED))
-        for name, accepted, refused in BOUNDS:
-            for value in accepted:
-                with self.subTest(name, accepted=value):
-                    body = nemotron.build_request("x", **{name: value})
-                    self.assertEqual(body[name], value)
-            for value in refused:
-                with self.subTest(name, refused=value):
-                    words = self.refused(nemotron.build_request, "x", **{name: value})
-                    self.assertIn(name, words)
-
-    def test_bounds_of_the_table(self):
-        ranges = [row for row in nemotron.PARAMETERS if row.range]
-        self.assertGreater(len(ranges), 9)
-        for row in ranges:
-            low, above, name, below, high = row.range.split()
-            self.assertEqual(name, row.name)
-            kind = int if row.kind == "an integer" else float
-            step = 1 if kind is int else 1e-6
-            for bound, strict, out in ((kind(low), above == "<", -step),
-                                       (kind(high), below == "<", step)):
-                inside = bound - out if strict else bound
-                with self.subTest(row.name, bound=bound):
-                    nemotron.build_request("x", **{row.name: inside})
-                    self.refused(nemotron.build_request, "x", **{row.name: inside + out})
-
-    def test_none_is_not_given(self):
-        params = dict.fromkeys(nemotron.DOCUMENTED)
-        body = nemotron.build_request("x", system=None, extra=None, model=None, **params)
-        self.assertEqual(body, {"model": nemotron.MODEL,
-                                "messages": [{"role": "user", "content": "x"}]})
-
-    def test_unknown_names_the_nearest(self):
-        for name, nearest in (("temprature", "temperature"), ("max_token", "max_tokens"),
-                              ("top-k", "top_k"), ("system_prompt", "system")):
-            with self.subTest(name):
-                words = self.refused(nemotron.build_request, "x", **{name: 1})
-                self.assertIn(f"did you mean {nearest}?", words)
-
-    def test_extra(self):
-        extra = {"logprobs": True, "temperature": 9}
-        body = nemotron.build_request("x", temperature=1, extra=extra)
-        self.assertEqual((body["logprobs"], body["temperature"]), (True, 9))
-        self.assertEqual(extra, {"logprobs": True, "temperature": 9})
-        for name in ("messages", "model", "stream"):
-            self.assertIn(name, self.refused(
-                nemotron.build_request, "x", extra={name: 1}))
-        self.refused(nemotron.build_request, "x", extra=[1])
-
-    def test_what_is_not_json_is_refused_before_it_is_sent(self):
-        with Server(reply()) as server:
-            for value in (float("nan"), {1, 2}, object()):
-                with self.subTest(value):
-                    self.refused(server.client().chat, "x", extra={"y": value})
-            loop = []
-            loop.append(loop)
-            self.refused(server.client().chat, "x", extra={"y": loop})
-            self.assertEqual(server.requests, [])
-
-
 USER = {"role": "user", "content": "u"}
 ASSISTANT = {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 CALLS = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 TOOL = {"role": "tool", "content": "42", "tool_call_id": "1"}
-
 GOOD_MESSAGES = {
     "one": [USER],
     "a conversation": [SYSTEM, USER, ASSISTANT, USER],
     "system in the middle": [USER, SYSTEM, ASSISTANT, USER],
     "system last": [USER, SYSTEM],
-    "a tool's answer": [USER, CALLS, TOOL],
+    "the answer of a tool": [USER, CALLS, TOOL],
     "no content but calls": [USER, {"role": "assistant", "tool_calls": [CALL]}, TOOL],
+    "content in parts": [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
     "other keys": [{**USER, "name": "me"}],
     "a tuple": (USER,),
-    "half a pair": [{"role": "user", "content": "\ud83d"}],
 }
 BAD_MESSAGES = {
-    "empty": ([], "no user message"),
-    "system alone": ([SYSTEM], "no user message"),
-    "assistant last": ([USER, ASSISTANT], "messages[1]"),
+    "empty": ([], "messages"),
+    "system alone": ([SYSTEM], "messages"),
+    "assistant last": ([USER, ASSISTANT], "messages[1]: the last"),
     "assistant last but system": ([USER, ASSISTANT, SYSTEM], "messages[1]"),
     "two systems": ([SYSTEM, USER, SYSTEM], "messages[2]: a second system"),
     "not an object": ([USER, "x"], "messages[1]"),
     "unknown role": ([{"role": "robot", "content": "x"}], "messages[0]: role"),
     "unhashable role": ([{"role": [], "content": "x"}], "messages[0]: role"),
     "no content": ([{"role": "user"}], "messages[0]: content"),
-    "content in parts": ([{"role": "user", "content": [{}]}], "messages[0]: content"),
-    "null without calls": ([{"role": "assistant", "content": None}, USER], "messages[0]"),
-    "null with no calls": ([{**CALLS, "tool_calls": []}, USER], "messages[0]"),
-    "a tool without id": ([USER, CALLS, {"role": "tool", "content": ""}], "messages[2]"),
+    "no parts": ([{"role": "user", "content": []}], "messages[0]: content"),
+    "odd parts": ([{"role": "user", "content": ["x"]}], "messages[0]: content"),
+    "null without calls": (
+        [{"role": "assistant", "content": None}, USER],
+        "messages[0]",
+    ),
+    "a tool without id": (
+        [USER, CALLS, {"role": "tool", "content": ""}],
+        "messages[2]",
+    ),
     "a number": (5, "messages must be"),
-    "an object": (USER, "messages must be"),
     "none": (None, "messages must be"),
 }
 
 
 class RequestTests(Case):
-    def test_good_messages(self):
+    def test_bounds(self):
+        names = [row[0] for row in nemotron.PARAMETERS]
+        self.assertEqual(sorted(row[0] for row in BOUNDS), sorted(names))
+        for name, accepted, refused in BOUNDS:
+            for value in accepted:
+                with self.subTest(name, accepted=value):
+                    body = nemotron.build_request("x", **{name: value})
+                    self.assertEqual(body[name], value)
+            for value in refused:
+                with self.subTest(name, refused=repr(value)[:20]):
+                    message = self.refused(nemotron.build_request, "x", **{name: value})
+                    self.assertTrue(message.startswith(f"{name} must be "), message)
+        message = self.refused(nemotron.build_request, "x", temperature=3)
+        self.assertEqual(message, "temperature must be a number, 0 <= x <= 2; got 3")
+
+    def test_the_typed_parameters_agree_with_the_table(self):
+        tree = ast.parse((HERE / "nemotron.py").read_text(encoding="utf-8"))
+        (typed,) = (n for n in ast.walk(tree) if getattr(n, "name", "") == "Params")
+        fields = {
+            field.target.id: ast.unparse(field.annotation) for field in typed.body
+        }
+        kinds = {
+            "a number": "float",
+            "an integer": "int",
+            "a string": "str",
+            "none or auto": "str",
+            "a string or a list of 1 to 16": "str | list[str]",
+            "a list of objects": "list[JSON]",
+            "an object": "JSON",
+        }
+        expected = {row[0]: f"{kinds[row[1]]} | None" for row in nemotron.PARAMETERS}
+        expected.update(model="str | None", system="str | None", extra="JSON | None")
+        self.assertEqual(fields, expected)
+
+    def test_what_is_not_given_is_not_sent(self):
+        nothing = dict.fromkeys(row[0] for row in nemotron.PARAMETERS)
+        body = nemotron.build_request(
+            "x", system=None, extra=None, model=None, **nothing
+        )
+        message = {"role": "user", "content": "x"}
+        self.assertEqual(body, {"model": nemotron.MODEL, "messages": [message]})
+        self.assertEqual(nemotron.build_request("x", stream=True)["stream"], True)
+
+    def test_unknown_names(self):
+        for name, advice in (
+            ("temprature", "did you mean temperature?"),
+            ("top-k", "did you mean top_k?"),
+            ("system_prompt", "did you mean system?"),
+            ("timeout", "belongs to Client()"),
+            ("jobs", "belongs to batch()"),
+            ("stream", "calling stream()"),
+        ):
+            with self.subTest(name):
+                message = self.refused(
+                    nemotron.Client(token="t").chat, "x", **{name: 5}
+                )
+                self.assertIn(advice, message)
+
+    def test_extra_is_not_checked_and_goes_last(self):
+        extra = {"logprobs": True, "temperature": 9}
+        body = nemotron.build_request("x", temperature=1, extra=extra)
+        self.assertEqual((body["logprobs"], body["temperature"]), (True, 9))
+        for name in ("messages", "model", "stream"):
+            self.assertIn(
+                name, self.refused(nemotron.build_request, "x", extra={name: 1})
+            )
+        self.refused(nemotron.build_request, "x", extra=[1])
+
+    def test_what_is_not_json_is_not_sent(self):
+        server, loop = self.serve(reply()), []
+        loop.append(loop)
+        for value in (float("nan"), {1, 2}, object(), loop):
+            self.refused(server.client().chat, "x", extra={"y": value})
+        self.assertEqual(server.requests, [])
+
+    def test_messages(self):
         for name, messages in GOOD_MESSAGES.items():
             with self.subTest(name):
                 body = nemotron.build_request(messages)
                 self.assertEqual(body["messages"], list(messages))
-
-    def test_bad_messages(self):
-        for name, (messages, words) in BAD_MESSAGES.items():
+        for name, (messages, expected) in BAD_MESSAGES.items():
             with self.subTest(name):
-                self.assertIn(words, self.refused(nemotron.build_request, messages))
+                self.assertIn(expected, self.refused(nemotron.build_request, messages))
 
     def test_system(self):
         body = nemotron.build_request("u", system="s")
@@ -383,127 +410,88 @@ class RequestTests(Case):
         self.refused(nemotron.build_request, [SYSTEM, USER], system="s")
         self.refused(nemotron.build_request, "u", system=5)
 
-    def test_objects_of_the_caller_stay(self):
+    def test_the_objects_of_the_caller_stay_as_they_are(self):
         messages, before = [SYSTEM, USER], json.dumps([SYSTEM, USER])
-        body = nemotron.build_request(messages, stop=["x"])
+        body = nemotron.build_request(messages)
         body["messages"][1]["content"] = "changed"
-        body["messages"].append("more")
         self.assertEqual(json.dumps(messages), before)
 
-    def test_stream_belongs_to_the_call(self):
-        self.assertEqual(nemotron.build_request("x", stream=True)["stream"], True)
-        self.assertNotIn("stream", nemotron.build_request("x"))
-        self.refused(nemotron.Client(token="t").chat, "x", stream=True)
 
+# ----------------------------------------------------------------- Replies and errors
 
-# Each form of a batch's request, and its body.
-FORMS = {
-    "text": ("u", {}),
-    "a prompt": ({"prompt": "u", "custom_id": "x", "seed": 1}, {"seed": 1}),
-    "a prompt and system": ({"prompt": "u", "system": "s"}, {"messages": [SYSTEM, USER]}),
-    "a body": ({"messages": [USER], "top_k": 5, "logprobs": True},
-               {"top_k": 5, "logprobs": True}),
-    "a body with stream": ({"messages": [USER], "stream": True, "model": "z"},
-                           {"model": "z"}),
-    "a batch line": ({"custom_id": "a", "method": "POST", "url": "/v1/chat/completions",
-                      "body": {"model": "z", "messages": [USER], "max_tokens": 9}},
-                     {"model": "z", "max_tokens": 9}),
-    "a DeepInfra line": ({"custom_id": "a", "url": "/v1/openai/chat/completions",
-                          "body": {"messages": [USER], "seed": None}}, {}),
-    "its own system": ({"messages": [SYSTEM, USER]}, {"messages": [SYSTEM, USER]}),
-}
-BAD_FORMS = {
-    "a number": 5, "none": None, "a list": [USER], "nothing in it": {},
-    "both": {"prompt": "u", "messages": [USER]}, "prompt a number": {"prompt": 5},
-    "a bad parameter": {"prompt": "u", "top_p": 0}, "body a list": {"body": []},
-    "another url": {"url": "/v1/embeddings", "body": {"messages": [USER]}},
-    "another method": {"method": "GET", "body": {"messages": [USER]}},
-    "a numeric id": {"custom_id": 5, "prompt": "u"}, "bad messages": {"messages": 5},
-}
-
-
-class BatchRequestTests(Case):
-    def test_forms(self):
-        for name, (form, expected) in FORMS.items():
-            with self.subTest(name):
-                before = json.dumps(form)
-                body = nemotron.read_request(form, {"model": "m"})
-                self.assertEqual(body, {"model": "m", "messages": [USER], **expected})
-                self.assertEqual(json.dumps(form), before)
-
-    def test_bad_forms(self):
-        for name, form in BAD_FORMS.items():
-            with self.subTest(name):
-                self.refused(nemotron.read_request, form, {})
-
-    def test_defaults(self):
-        defaults = {"model": "m", "system": "s", "seed": 1, "extra": {"a": 1, "b": 1}}
-        body = nemotron.read_request({"prompt": "u", "seed": 2, "b": 2}, defaults)
-        self.assertEqual(body, {"model": "m", "messages": [SYSTEM, USER], "seed": 2,
-                                "a": 1, "b": 2})
-        own = {"role": "system", "content": "own"}
-        body = nemotron.read_request({"messages": [own, USER]}, defaults)
-        self.assertEqual(body["messages"], [own, USER])
-
-
-# ---------------------------------------------------------------------------- Replies
-
-ODD = (None, 5, "x", [], {}, [None], [5], ["x"], [[]], [{}], {"0": {}}, True,
-       [{"index": None}], [{"index": 0, "message": None, "delta": None}],
-       [{"message": {"content": 5, "tool_calls": 5}, "finish_reason": 5}],
-       [{"message": {"content": ["x"], "tool_calls": [5]}}], [{"message": [], "delta": "x"}],
-       [{"index": [], "delta": {"content": {}, "tool_calls": [{"function": 5}]}}])
+ODD = (None, 5, "x", [], {}, [None], [5], ["x"], [[]], [{}], {"0": {}}, True)
+ODD_CHOICES = (
+    [{"index": None}],
+    [{"index": 0, "message": None, "delta": None}],
+    [{"message": {"content": 5, "tool_calls": 5}, "finish_reason": 5}],
+    [{"message": {"content": ["x"], "tool_calls": [5]}}],
+    [{"index": [], "delta": {"content": {}}}],
+)
 
 
 class ReplyTests(Case):
     def test_the_properties_never_raise(self):
-        for value in ODD:
+        for value in (*ODD, *ODD_CHOICES):
             for kind in (nemotron.Completion, nemotron.Chunk):
                 with self.subTest(kind.__name__, value=value):
                     one = kind(choices=value, usage=value)
-                    self.assertEqual(one.text, "")
-                    self.assertIsNone(one.finish_reason)
-                    self.assertIsInstance(one.usage, dict)
-                    if kind is nemotron.Completion:
-                        self.assertEqual(one.tool_calls, [])
-                        self.assertIsNone(one.cost)
-                        self.assertEqual(one.message, {"role": "assistant", "content": ""})
-                    joiner = nemotron.Joiner(False)
-                    joiner.add(nemotron.Chunk(one))
-                    self.assertEqual(joiner.completion().text, "")
+                    seen = (one.text, one.finish_reason, type(one.usage))
+                    self.assertEqual(seen, ("", None, dict))
+            message = {"role": "assistant", "content": ""}
+            seen = (one.__class__, nemotron.Completion(choices=value, usage=value))
+            self.assertEqual((seen[1].message, seen[1].tool_calls), (message, []))
+            self.assertIsNone(seen[1].cost)
 
-    def test_choice_0_is_the_one_with_its_index(self):
-        choices = [{"index": 1, "message": {"content": "b"}},
-                   {"index": 0, "message": {"content": "a"}, "finish_reason": "stop"}]
+    def test_choice_0_is_the_one_with_that_index(self):
+        choices = [
+            {"index": 1, "message": {"content": "b"}},
+            {"index": 0, "message": {"content": "a"}, "finish_reason": "stop"},
+        ]
         one = nemotron.Completion(choices=choices)
         self.assertEqual((one.text, one.finish_reason), ("a", "stop"))
         self.assertEqual(nemotron.Chunk(delta("b", index=1)).text, "")
 
-    def test_a_cost_is_a_sensible_number(self):
-        for cost, expected in ((0, 0), (0.5, 0.5), (10**400, None), (1e308, None),
-                               (True, None), ("1", None), (float("nan"), None)):
-            with self.subTest(cost):
-                one = nemotron.Completion(usage={"estimated_cost": cost})
-                self.assertEqual(one.cost, expected)
+    def test_cost(self):
+        for usage, expected in (
+            ({"estimated_cost": 0.5, "cost": 9}, 0.5),
+            ({"cost": 0.25}, 0.25),
+            ({"estimated_cost": None, "cost": 0}, 0),
+            ({"cost": -1}, -1),
+            ({"cost": "1"}, None),
+            ({"cost": True}, None),
+            ({"cost": 10**400}, None),
+            ({"cost": float("nan")}, None),
+        ):
+            with self.subTest(usage):
+                self.assertEqual(nemotron.Completion(usage=usage).cost, expected)
 
     def test_message_goes_into_the_next_request(self):
-        whole = nemotron.Completion(choices=[{"message": {
-            "role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None}}])
+        message = {"content": None, "tool_calls": [CALL], "refusal": None}
+        whole = nemotron.Completion(choices=[{"message": message}])
         self.assertEqual(whole.message["tool_calls"], [CALL])
         nemotron.build_request([USER, whole.message, TOOL])
 
-    def test_errors_are_one_line_and_can_be_pickled(self):
-        errors = [getattr(nemotron, name) for name in nemotron.__all__
-                  if name.endswith("Error")]
-        self.assertEqual(len(errors), 9)
-        for kind in errors:
-            with self.subTest(kind.__name__):
-                error = kind("a\nb\x1b[31m")
-                self.assertEqual(str(error), "a b\\x1b[31m")
+    def test_errors(self):
+        names = [name for name in nemotron.__all__ if name.endswith("Error")]
+        self.assertEqual(len(names), 9)
+        for name in names:
+            with self.subTest(name):
+                error = getattr(nemotron, name)("a\nb\x1b[31m\u202e")
+                self.assertEqual(str(error), "a b\\x1b[31m\\u202e")
                 error.status_code = 418
                 again = pickle.loads(pickle.dumps(error))
-                self.assertEqual((type(again), str(again), again.status_code),
-                                 (kind, str(error), 418))
+                seen = (type(again), str(again), again.status_code)
+                self.assertEqual(seen, (type(error), str(error), 418))
+        statuses = {name: getattr(nemotron, name).exit_status for name in names}
+        self.assertEqual(
+            {name: status for name, status in statuses.items() if status != 1},
+            {
+                "InvalidRequestError": 2,
+                "IncompleteReplyError": 3,
+                "AuthenticationError": 4,
+                "RateLimitError": 5,
+            },
+        )
         self.assertTrue(issubclass(nemotron.APITimeoutError, TimeoutError))
         self.assertTrue(issubclass(nemotron.InvalidRequestError, ValueError))
 
@@ -516,14 +504,17 @@ SSE_CASES = {
     "CR": (b"data: a\r\rdata: b\r\r", ["a", "b"]),
     "mixed": (b"data: a\r\n\ndata: b\r\r\n", ["a", "b"]),
     "BOM": (b"\xef\xbb\xbfdata: a\n\n", ["a"]),
-    "no space": (b"data:a\n\ndata:  b\n\n", ["a", " b"]),
+    "no space": (b"data:a\n\ndata:b\n\n", ["a", "b"]),
     "comments": (b": hi\n\n:\ndata: a\n: x\n\n", ["a"]),
-    "several lines": (b"data: a\ndata: b\ndata\n\n", ["a\nb\n"]),
+    "several lines": (b"data: a\ndata: b\ndata\ndata: c\n\n", ["a\nb\n\nc"]),
     "other fields": (b"id: 1\nretry: 5\nwhat\ndatab: x\ndata: a\n\n", ["a"]),
-    "no empty line at the end": (b"data: a\n\ndata: b\n", ["a", "b"]),
-    "no line end at the end": (b"data: a\n\ndata: b", ["a", "b"]),
-    "line separators of Unicode": ("data: a\u2028b\x85c\x0bd\n\n".encode(),
-                                   ["a\u2028b\x85c\x0bd"]),
+    "no empty line at the end": (b"data: a\n\ndata: 5\n", ["a", "5"]),
+    "no line end at the end": (b"data: a\n\ndata: [DONE]", ["a", "[DONE]"]),
+    "torn": (b'data: a\n\ndata: {"a', ["a"]),
+    "separators of Unicode": (
+        "data: a\u2028b\x85c\x0bd\n\n".encode(),
+        ["a\u2028b\x85c\x0bd"],
+    ),
     "UTF-8": ("data: \u00e9\u20ac\U0001f600\n\n".encode(), ["\u00e9\u20ac\U0001f600"]),
     "bad UTF-8": (b"data: \xff\n\n", ["\ufffd"]),
     "an event without data": (b"event: x\n\ndata: a\n\n", ["a"]),
@@ -533,11 +524,15 @@ SSE_CASES = {
 
 
 def cuts(raw):
-    """The bytes whole, one by one, and cut at every place."""
+    """Yield the bytes whole, one by one, and cut at every place."""
     yield "whole", [raw]
     yield "bytes", [raw[i : i + 1] for i in range(len(raw))]
     for i in range(1, len(raw)):
         yield f"cut at {i}", [raw[:i], raw[i:]]
+
+
+def split(pieces):
+    return nemotron.split_events(nemotron.split_lines(iter(pieces)))
 
 
 class EventTests(Case):
@@ -545,163 +540,102 @@ class EventTests(Case):
         for name, (raw, expected) in SSE_CASES.items():
             for cut, pieces in cuts(raw):
                 with self.subTest(name, cut=cut):
-                    got = [data for _, data, _ in nemotron.events(pieces)]
-                    self.assertEqual(got, expected)
+                    self.assertEqual([data for _, data in split(pieces)], expected)
 
-    def test_names_and_torn_ends(self):
-        raw = b"event: error\ndata: a\n\ndata: b\n\ndata: c"
-        self.assertEqual(list(nemotron.events([raw])), [
-            ("error", "a", True), ("", "b", True), ("", "c", False)])
+    def test_names(self):
+        raw = b"event: error\ndata: a\n\ndata: b\n\nevent: error\ndata: torn"
+        expected = [("error", "a"), ("", "b"), ("error", "torn")]
+        self.assertEqual(list(split([raw])), expected)
 
-    def test_each_event_comes_when_its_line_has_come(self):
-        came = []
+    def test_an_event_comes_as_soon_as_its_line_has_come(self):
+        came, got = [], []
 
         def pieces():
             for piece in (b"data: a\n\r", b"\ndata: b\r", b"\r"):
                 yield piece
                 came.append(len(got))
 
-        got = []
-        for event in nemotron.events(pieces()):
-            got.append(event)
-        self.assertEqual(came[0], 1)
-        self.assertEqual([data for _, data, _ in got], ["a", "b"])
-
-    def test_an_endless_event_is_an_error(self):
-        for name, piece in (("line", b"x" * 65536), ("lines", b"data: xxxxxxx\n" * 4096)):
-            with self.subTest(name), self.assertRaises(nemotron.ReplyError):
-                for _ in nemotron.events(itertools.repeat(piece)):
-                    pass
-        pings = itertools.islice(itertools.repeat(b": ping\n" * 8192), 400)
-        self.assertEqual(list(nemotron.events(pings)), [])  # 22 MiB, but no event
+        for _, data in split(pieces()):
+            got.append(data)
+        self.assertEqual((came[0], got), (1, ["a", "b"]))
 
 
-# --------------------------------------------------- The provider's documented examples
-
-CHEF = {"role": "system", "content": "Respond like a michelin starred chef."}
-LAMB = {"role": "user", "content": "Can you name at least two different techniques to "
-        "cook lamb?"}
-BONJOUR = {"role": "assistant", "content":
-           "Bonjour! Let me tell you, my friend, cooking lamb is an art form, and I'm more "
-           "than happy to share with you not two, but three of my favorite techniques to "
-           "coax out the rich, unctuous flavors and tender textures of this majestic "
-           "protein. First, we have the classic \"Sous Vide\" method. Next, we have the "
-           "ancient art of \"Sous le Sable\". And finally, we have the more modern "
-           "technique of \"Hot Smoking.\""}
-SECOND = {"role": "user", "content": "Tell me more about the second method."}
-HELLO_REPLY = """{
-    "id": "chatcmpl-guMTxWgpFf", "object": "chat.completion", "created": 1694623155,
-    "model": "nvidia/Nemotron-4-340B-Instruct",
-    "choices": [{"index": 0, "message": {"role": "assistant",
-        "content": " Hello! It's nice to meet you. Is there something I can help you with \
-or would you like to chat for a bit?"}, "finish_reason": "stop"}],
-    "usage": {"prompt_tokens": 15, "completion_tokens": 16, "total_tokens": 31,
-        "estimated_cost": 0.0000268}}"""
-LAMB_REPLY = """{
-    "id": "chatcmpl-b23a3fb60cde42ce8f24bb980b4dee87", "object": "chat.completion",
-    "created": 1715688169, "model": "nvidia/Nemotron-4-340B-Instruct",
-    "choices": [{"index": 0, "message": {"role": "assistant",
-        "content": "Sous le Sable, my friend! It's an ancient technique that's been used \
-for centuries in the Middle East and North Africa. The name itself..."},
-        "finish_reason": "stop"}],
-    "usage": {"prompt_tokens": 149, "total_tokens": 487, "completion_tokens": 338,
-        "estimated_cost": 0.00035493}}"""
-HI_DELTAS = [{"role": "assistant", "content": " "}, {"role": "assistant", "content": " Hi"},
-             {"role": "assistant", "content": "!"}, {"role": "assistant", "content": ""},
-             {"role": "assistant", "content": "</s>"}, {}]
-HI = [{"id": "Rc5hsIPHOSfMP3rNSFUw9tfR", "object": "chat.completion.chunk",
-       "created": 1694623354, "model": "nvidia/Nemotron-4-340B-Instruct",
-       "choices": [{"index": 0, "delta": one, "finish_reason": None if one else "stop"}]}
-      for one in HI_DELTAS]
-
-
-class DocumentedTests(Case):
-    def test_hello(self):
-        server = self.serve(answer(HELLO_REPLY))
-        reply = server.client().chat("Hello!")
-        request, = server.requests
-        self.assertEqual(request.json, {
-            "model": "nvidia/Nemotron-4-340B-Instruct",
-            "messages": [{"role": "user", "content": "Hello!"}]})
-        self.assertEqual((request.method, request.path),
-                         ("POST", "/v1/chat/completions"))
-        self.assertEqual(request.headers["content-type"], "application/json")
-        self.assertEqual(request.headers["authorization"], f"Bearer {TOKEN}")
-        self.assertEqual(reply, json.loads(HELLO_REPLY))
-        self.assertTrue(reply.text.startswith(" Hello! It's nice"))
-        self.assertEqual(reply.finish_reason, "stop")
-        self.assertEqual(reply.usage["total_tokens"], 31)
-        self.assertEqual(reply.cost, 0.0000268)
-        self.assertEqual(reply.message, json.loads(HELLO_REPLY)["choices"][0]["message"])
-
-    def test_conversation(self):
-        server = self.serve(answer(LAMB_REPLY))
-        messages = [CHEF, LAMB, BONJOUR, SECOND]
-        reply = server.client().chat(messages)
-        self.assertEqual(server.requests[0].json, {
-            "model": "nvidia/Nemotron-4-340B-Instruct", "messages": messages})
-        self.assertTrue(reply.text.startswith("Sous le Sable, my friend!"))
-        self.assertEqual((reply.usage["prompt_tokens"], reply.cost), (149, 0.00035493))
-
-    def test_stream(self):
-        server = self.serve(sse(*HI))
-        client = server.client()
-        self.assertEqual(list(client.stream("Hello!")), [" ", " Hi", "!"])
-        self.assertEqual(server.requests[0].json, {
-            "model": "nvidia/Nemotron-4-340B-Instruct", "stream": True,
-            "messages": [{"role": "user", "content": "Hello!"}]})
-        self.assertEqual(list(client.stream("Hello!").chunks()), HI)
-        whole = client.stream("Hello!").completion()
-        self.assertEqual(whole, {
-            "id": "Rc5hsIPHOSfMP3rNSFUw9tfR", "object": "chat.completion",
-            "created": 1694623354, "model": "nvidia/Nemotron-4-340B-Instruct",
-            "choices": [{"index": 0, "finish_reason": "stop",
-                         "message": {"role": "assistant", "content": "  Hi!"}}]})
-        self.assertEqual(main("Hello!", "--base-url", server.url),
-                         (0, "Hi!\n", ""))
-
-
-# --------------------------------------------------------------------------- Streaming
+# ------------------------------------------------------------------------- Streaming
 
 # name: (data of the events, the pieces of text); all of them end well.
 STREAMS = {
-    "plain": ([delta("a"), delta("b"), delta(finish="stop")], ["a", "b"]),
+    "plain": ([delta("a"), delta("b"), END], ["a", "b"]),
     "text in the last": ([delta("a"), delta("b", "stop")], ["a", "b"]),
-    "stop token with the reason": ([delta("a"), delta("</s>", "stop")], ["a"]),
-    "stop token is text": ([delta("a"), delta("</s>"), delta("b", "stop")], ["a", "</s>b"]),
+    "stop token": ([delta("a"), delta(""), delta("</s>"), END], ["a"]),
+    "stop token is text": (
+        [delta("a"), delta("</s>"), delta("b", "stop")],
+        ["a", "</s>b"],
+    ),
     "two stop tokens": ([delta("</s>"), delta("</s>", "stop")], ["</s>"]),
-    "not quite a stop token": ([delta("</s> "), delta(finish="stop")], ["</s> "]),
-    "keep-alives": (["", "null", ": ping", ":", delta("a"), delta(finish="stop")], ["a"]),
-    "odd chunks": ([{}, {"choices": None}, delta(), delta("") | {"x": 1},
-                    {"choices": [{"index": 0, "delta": None, "finish_reason": ""}]},
-                    {"choices": [None, 5]}, delta("a"), delta(finish="length")], ["a"]),
-    "usage apart": ([delta("a"), delta(finish="stop"),
-                     {"choices": [], "usage": USAGE}], ["a"]),
+    "not quite a stop token": ([delta("</s> "), END], ["</s> "]),
+    "keep-alives": (["", "null", ": ping", ":", delta("a"), END], ["a"]),
+    "chunks without choices": (
+        [{}, {"choices": None}, {"choices": []}, delta("a"), END],
+        ["a"],
+    ),
+    "no index": ([{"choices": [{"delta": {"content": "a"}}]}, END], ["a"]),
+    "null index": (
+        [{"choices": [{"index": None, "delta": {"content": "a"}}]}, END],
+        ["a"],
+    ),
+    "null delta": (
+        [{"choices": [{"index": 0, "delta": None}]}, delta("a"), END],
+        ["a"],
+    ),
+    "usage apart": ([delta("a"), END, {"choices": [], "usage": USAGE}], ["a"]),
     "usage within": ([delta("a"), delta(finish="stop", usage=USAGE)], ["a"]),
+    "usage twice": (
+        [delta("a", usage={"total_tokens": 1}), END, {"choices": [], "usage": USAGE}],
+        ["a"],
+    ),
     "no reason but [DONE]": ([delta("a")], ["a"]),
-    "halves of a pair": ([delta("\ud83d"), delta("\ude00"), delta(finish="stop")],
-                         ["\ud83d", "\ude00"]),
+    "half a character": ([delta("\ud83d"), delta("\ude00"), END], ["\ud83d", "\ude00"]),
     "text after the end": ([delta("a", "stop"), delta("b")], ["a"]),
     "error after the end": ([delta("a", "stop"), {"error": "late"}], ["a"]),
     "nonsense after the end": ([delta("a", "stop"), "{oops"], ["a"]),
-    "other choices": ([delta("x", index=1), delta("a"), delta(finish="stop"),
-                       delta(finish="stop", index=1)], ["a"]),
-    "one plain reply": ([], None),
+    "two entries of one index": (
+        [
+            delta("a")
+            | {"choices": delta("b")["choices"] + delta("c", "stop")["choices"]}
+        ],
+        ["bc"],
+    ),
+    "another choice": (
+        [delta("x", index=1), delta("a"), END, delta("", "stop", 1)],
+        ["a"],
+    ),
 }
-END = delta(finish="stop")
-
-# name: (data, class, words of the error, text of .partial); none of them is whole.
+# name: (data, the server's words); .partial has the text "a".
 BROKEN = {
-    "error": ([delta("a"), {"error": {"message": "busy now"}}], "busy now"),
-    "error as text": ([delta("a"), {"error": "out of memory"}], "out of memory"),
-    "error_message": ([delta("a"), {"choices": None, "error_type": "x",
-                                    "error_message": "engine died"}], "engine died"),
-    "detail": ([delta("a"), {"detail": "no such thing"}], "no such thing"),
-    "error beside choices": ([delta("a") | {"error": {"message": "both"}}], "both"),
-    "not JSON": ([delta("a"), "{oops"], "{oops"),
-    "JSON but text": ([delta("a"), '"hello"'], "hello"),
-    "a list": ([delta("a"), "[1]"], "[1]"),
-    "NUL and escapes": ([delta("a"), {"error": "\x1b[2J\x00"}], "\\x1b[2J\\x00"),
+    "error": ([{"error": {"message": "busy now"}}], "busy now"),
+    "error as text": ([{"error": "out of memory"}], "out of memory"),
+    "error_message": (
+        [{"choices": None, "error_message": "engine died"}],
+        "engine died",
+    ),
+    "detail": ([{"detail": "no such thing"}], "no such thing"),
+    "message": ([{"object": "error", "message": "no such model"}], "no such model"),
+    "error in a choice": (
+        [{"choices": [{"index": 0, "delta": {}, "error": {"message": "upstream"}}]}],
+        "upstream",
+    ),
+    "not JSON": (["{oops"], "{oops"),
+    "JSON but text": (['"hello"'], "hello"),
+    "a list": (["[1]"], "[1]"),
+    "deep": (["[" * 100000], "[[["),
+    "deep objects": (['{"a":' * 600 + "1" + "}" * 600], "odd chunk"),
+    "odd choices": ([{"choices": 5}], "odd chunk"),
+    "odd choice": ([{"choices": [None]}], "odd chunk"),
+    "odd delta": ([{"choices": [{"index": 0, "delta": "x"}]}], "odd chunk"),
+    "odd content": ([delta(5)], "odd chunk"),
+    "content in parts": ([delta(["x"])], "odd chunk"),
+    "odd index": ([delta("x", index="0")], "odd chunk"),
+    "escapes": ([{"error": "\x1b[2J\x00"}], "\\x1b[2J\\x00"),
 }
 
 
@@ -711,11 +645,9 @@ class StreamTests(Case):
 
     def test_streams(self):
         for name, (datas, texts) in STREAMS.items():
-            if texts is None:
-                continue
             raw = b"".join(sse(*datas).pieces)
-            for cut, pieces in (("whole", [raw]), ("bytes", [raw[i : i + 1] for i in range(
-                    len(raw))]), ("events", sse(*datas).pieces)):
+            single = [raw[i : i + 1] for i in range(len(raw))]
+            for cut, pieces in (("whole", [raw]), ("bytes", single)):
                 client = self.client_of(answer(*pieces, framing="chunked"))
                 with self.subTest(name, cut=cut):
                     stream = client.stream("x")
@@ -723,159 +655,208 @@ class StreamTests(Case):
                     whole = stream.completion()
                     self.assertEqual(whole.text, "".join(texts))
                     self.assertEqual(whole, client.stream("x").completion())
-                    last = [one for one in client.stream("x").chunks() if one.usage]
-                    self.assertEqual(whole.usage, last[-1].usage if last else {})
+                    used = [c.usage for c in client.stream("x").chunks() if c.usage]
+                    self.assertEqual(whole.usage, used[-1] if used else {})
 
-    def test_every_cut_of_a_stream(self):
-        raw = b"".join(sse(delta("\u20ac\U0001f600"), delta("</s>"), END).pieces)
-        raw = b"\xef\xbb\xbf" + raw.replace(b"\\u20ac", "\u20ac".encode()).replace(
-            b"\n\n", b"\r\n\r\n")
-        for cut, pieces in cuts(raw):
-            with self.subTest(cut):
-                joiner = nemotron.Joiner(False)
-                for event, data, _ in nemotron.stream_events(iter(pieces)):
-                    if data != "[DONE]":
-                        joiner.add(nemotron.Chunk(nemotron.read_object(data, event)))
-                self.assertEqual(joiner.completion().text, "\u20ac\U0001f600")
+    def test_the_documented_stream(self):
+        parts = [" ", " Hi", "!", "", "</s>"]
+        chunks = [*map(delta, parts), END]
+        client = self.client_of(sse(*chunks))
+        self.assertEqual(list(client.stream("Hello!")), [" ", " Hi", "!"])
+        self.assertEqual(list(client.stream("Hello!").chunks()), chunks)
+        expected = completion("  Hi!")
+        del expected["usage"]
+        self.assertEqual(client.stream("Hello!").completion(), expected)
+
+    def test_whatever_the_server_sends_is_merged(self):
+        def chunk(finish=None, logprobs=None, **message):
+            choice = {"index": 0, "delta": message, "finish_reason": finish}
+            return {**END, "choices": [{**choice, "logprobs": logprobs}]}
+
+        call = {"index": 0, "id": "1", "type": "function"}
+        tokens = [{"token": "a"}, {"token": "b"}]
+        datas = [
+            chunk(role="assistant", content=None, reasoning_content="th"),
+            chunk(reasoning_content="ink", refusal="no"),
+            chunk(content="a", logprobs={"content": tokens[:1]}),
+            chunk(content="b", logprobs={"content": tokens[1:]}, name=""),
+            chunk(tool_calls=[{**call, "function": {"name": "f", "arguments": ""}}]),
+            chunk(tool_calls=[{"index": 0, "id": "", "function": {"arguments": "{"}}]),
+            chunk(tool_calls=[{"index": 1, "id": "2"}]),
+            chunk(tool_calls=[{"index": 0, "function": {"arguments": "}"}}]),
+            chunk(tool_calls=[{"id": "3"}, {"id": "4"}]),
+            chunk(finish="tool_calls"),
+        ]
+        whole = (
+            self.client_of(sse(*datas, {"system_fingerprint": "f"}))
+            .stream("x")
+            .completion()
+        )
+        self.assertEqual(
+            whole["choices"],
+            [
+                {
+                    "index": 0,
+                    "finish_reason": "tool_calls",
+                    "logprobs": {"content": tokens},
+                    "message": {
+                        "role": "assistant",
+                        "content": "ab",
+                        "reasoning_content": "think",
+                        "refusal": "no",
+                        "name": "",
+                        "tool_calls": [CALL, {"id": "2"}, {"id": "3"}, {"id": "4"}],
+                    },
+                }
+            ],
+        )
+        self.assertEqual(whole["system_fingerprint"], "f")
 
     def test_chat_equals_stream(self):
-        for name, one in (("text", completion("a b c")), ("length", completion("a", "length")),
-                          ("calls", completion(None, "tool_calls"))):
-            if name == "calls":
-                one["choices"][0]["message"]["tool_calls"] = [CALL, {**CALL, "id": "2"}]
+        calls = completion(None, "tool_calls")
+        calls["choices"][0]["message"]["tool_calls"] = [CALL]
+        call_chunk = {**END, "choices": [{"index": 0, "delta": {**CALLS}}]}
+        call_chunk["choices"][0]["delta"]["tool_calls"] = [{"index": 0, **CALL}]
+        for name, whole, chunks in (
+            ("text", completion("a b"), [delta("a"), delta(" b")]),
+            ("length", completion("a", "length"), [delta("a")]),
+            ("calls", calls, [call_chunk]),
+        ):
+            reason = whole["choices"][0]["finish_reason"]
+            end = delta(finish=reason, usage=USAGE)
+            client = self.client_of(answer(json.dumps(whole)), sse(*chunks, end))
             with self.subTest(name):
-                chunks = [delta(word) for word in re.findall(r"\s*\w", "a b c")]
-                if name == "calls":
-                    calls = [{**CALL, "index": i, "id": str(i + 1), "function": {
-                        "name": "f", "arguments": "{"}} for i in (0, 1)]
-                    more = [{"index": i, "function": {"arguments": "}"}} for i in (0, 1)]
-                    chunks = [delta() for _ in range(2)]
-                    chunks[0]["choices"][0]["delta"] = {"content": None, "tool_calls": calls}
-                    chunks[1]["choices"][0]["delta"] = {"tool_calls": more}
-                elif name == "length":
-                    chunks = [delta("a")]
-                reason = one["choices"][0]["finish_reason"]
-                client = self.client_of(reply_of(one), sse(
-                    *chunks, delta(finish=reason, usage=USAGE)))
-                self.assertEqual(client.chat("x"), client.stream("x").completion())
+                self.assertEqual(client.chat("x"), whole)
+                self.assertEqual(client.stream("x").completion(), whole)
 
-    def test_plain_json_for_a_stream(self):
-        for name, text in (("compact", json.dumps(completion("one piece"))),
-                           ("pretty", "\n\n" + json.dumps(completion("one piece"), indent=2)),
-                           ("BOM", "\ufeff" + json.dumps(completion("one piece")))):
-            for framing in ("length", "chunked"):
-                pieces = [text] if framing == "length" else [
-                    text.encode()[i : i + 1] for i in range(len(text.encode()))]
-                client = self.client_of(answer(*pieces, framing=framing))
-                with self.subTest(name, framing=framing):
+    def test_a_json_reply_to_a_streamed_request(self):
+        text = json.dumps(completion("one piece"), indent=2)
+        plain = {"Content-Type": "application/json"}
+        for name, raw, headers in (
+            ("documented", text, plain),
+            ("white space first", f"\n\n  {text}", plain),
+            ("no type", text, {}),
+            ("no type, white space", f"\r\n\r\n{text}", {}),
+            ("BOM", f"\ufeff{text}", {}),
+        ):
+            raw = raw.encode()
+            for pieces in ([raw], [raw[i : i + 1] for i in range(len(raw))]):
+                one = answer(*pieces, headers=headers, framing="chunked")
+                client = self.client_of(one)
+                with self.subTest(name, pieces=len(pieces)):
                     self.assertEqual(list(client.stream("x")), ["one piece"])
-                    self.assertEqual(client.stream("x").completion(), client.chat("x"))
-
-    def test_several_choices(self):
-        raw = [delta("a", index=0), delta("b", index=1), delta(finish="stop"),
-               delta("c", index=1)]
-        client = self.client_of(sse(*raw, delta(finish="length", index=1)),
-                                sse(*raw, done=False), sse(delta("a", "stop"), done=False))
-        with client.stream("x", n=2) as stream:
-            self.assertEqual(list(stream), ["a"])
-            texts = [c["message"]["content"] for c in stream.completion()["choices"]]
-            self.assertEqual((texts, stream.completion().cut), (["a", "bc"], "length"))
-        with self.assertRaises(nemotron.IncompleteReplyError) as caught:
-            client.stream("x", n=2).completion()
-        self.assertEqual(len(caught.exception.partial["choices"]), 2)
-        self.assertEqual(client.stream("x", n=2).completion().text, "a")
+                    whole = client.stream("x").completion()
+                    self.assertEqual(whole, completion("one piece"))
 
     def test_the_ways_to_stop_too_early(self):
         datas = [delta("a"), delta("b")]
-        for end, framing, cause in (
-                ("clean", "close", type(None)), ("clean", "chunked", type(None)),
-                ("short", "length", Exception), ("short", "chunked", Exception),
-                ("reset", "chunked", OSError), ("stall", "chunked", OSError)):
-            client = self.client_of(sse(*datas, done=False, framing=framing, end=end),
-                                    timeout=0.3)
+        for end, framing in (
+            ("clean", "close"),
+            ("clean", "chunked"),
+            ("short", "length"),
+            ("short", "chunked"),
+            ("reset", "chunked"),
+            ("stall", "chunked"),
+        ):
+            broken = sse(*datas, done=False, framing=framing, end=end)
+            client = self.client_of(broken, timeout=0.15)
             for read in (list, nemotron.Stream.completion, lambda s: list(s.chunks())):
                 with self.subTest(end, framing=framing, read=read):
                     stream = client.stream("x")
                     with self.assertRaises(nemotron.IncompleteReplyError) as caught:
                         read(stream)
-                    error = caught.exception
-                    self.assertEqual(error.partial.text, "ab")
-                    self.assertIsInstance(error.__cause__, cause)
+                    self.assertEqual(caught.exception.partial.text, "ab")
+                    self.assertIsInstance(caught.exception.__cause__, Exception)
                     for again in (list, nemotron.Stream.completion):
-                        with self.assertRaises(nemotron.IncompleteReplyError):
+                        with self.assertRaises(nemotron.IncompleteReplyError) as second:
                             again(stream)
+                        self.assertIs(second.exception, caught.exception)
 
-    def test_what_follows_the_end_cannot_spoil_it(self):
-        for end in ("clean", "short", "reset", "stall"):
-            for datas in ([delta("a"), END], [delta("a", "stop", usage=USAGE)]):
-                client = self.client_of(
-                    sse(*datas, done=False, end=end), timeout=0.3)
-                with self.subTest(end, datas=datas):
-                    self.assertEqual(client.stream("x").completion().text, "a")
-
-    def test_a_whole_reply_does_not_wait_for_a_silent_server(self):
-        for usage, grace in ((USAGE, 600), (None, 0.1)):
-            server = self.serve(sse(delta("a", "stop", usage=usage), done=False,
-                                    end="stall"))
-            client = server.client(timeout=600)
-            client._grace = grace
-            with self.subTest(usage):
-                self.assertEqual(client.stream("x").completion().text, "a")
-                self.assertEqual(server.flying, 1)  # the server has not ended it
-
-    def test_cut_at_every_place(self):
+    def test_every_place_to_stop(self):
         raw = b"".join(sse(delta("a"), END).pieces)
-        ended = raw.index(b"stop") + len('stop"}]}')
-        server = self.serve(lambda request: answer(
-            raw[: int(request.json["user"])], framing="close"))
+        ended = raw.index(b'"stop"}]}') + len(b'"stop"}]}')
+        server = self.serve(
+            lambda r: answer(raw[: int(r.json["user"])], framing="close")
+        )
         client = server.client()
-        for place in range(0, len(raw), 3):
+        for place in range(0, len(raw), 5):
             with self.subTest(place):
-                if place < ended:
-                    with self.assertRaises(nemotron.IncompleteReplyError):
-                        client.stream("x", user=str(place)).completion()
-                else:
+                if place >= ended:
                     whole = client.stream("x", user=str(place)).completion()
                     self.assertEqual(whole.text, "a")
+                else:
+                    with self.assertRaises(nemotron.IncompleteReplyError):
+                        client.stream("x", user=str(place)).completion()
+
+    def test_nothing_after_the_end_can_spoil_it(self):
+        with mock.patch.object(nemotron, "GRACE", 0.2):
+            for end in ("clean", "short", "reset", "stall"):
+                client = self.client_of(sse(delta("a", "stop"), done=False, end=end))
+                with self.subTest(end):
+                    self.assertEqual(client.stream("x").completion().text, "a")
+
+    def test_the_wait_after_the_end_is_bounded_in_all(self):
+        pings = sse(delta("a", "stop"), *[": ping"] * 100, done=False, end="stall")
+        client = self.client_of(pings, timeout=600)
+        client._clock = itertools.count().__next__  # each look is a second later
+        self.assertEqual(client.stream("x").completion().text, "a")
+        self.assertLess(client._clock(), 20)
 
     def test_errors_inside(self):
-        for name, (datas, words) in BROKEN.items():
-            client = self.client_of(sse(*datas))
-            with self.subTest(name), self.assertRaises(nemotron.ReplyError) as caught:
-                list(client.stream("x"))
-            self.assertNotIsInstance(caught.exception, nemotron.IncompleteReplyError)
-            self.assertIn(words, str(caught.exception))
-            expected = "" if "beside" in name else "a"
-            self.assertEqual(caught.exception.partial.text, expected)
-        for name, raw, words in (
-                ("event: error", b"event: error\ndata: Boom\n\n", "Boom"),
-                ("torn", b"event: error\ndata: Boom", "Boom"),
-                ("with JSON", b'event: error\ndata: {"message": "Boom"}\n\n', "Boom"),
-                ("[DONE] alone", b"data: [DONE]\n\n", "no reply in it"),
-                ("plain error", b'{"error": {"message": "Boom"}}', "Boom"),
-                ("HTML", b"<html><title>Bad &amp; gone</title></html>", "Bad & gone"),
-                ("no choices", b'{"choices": []}', "no reply in it")):
+        for name, (datas, expected) in BROKEN.items():
+            client = self.client_of(sse(delta("a"), *datas))
+            with self.subTest(name):
+                with self.assertRaises(nemotron.ReplyError) as caught:
+                    list(client.stream("x"))
+                error = caught.exception
+                self.assertIs(type(error), nemotron.ReplyError)
+                self.assertIn(expected, str(error))
+                self.assertLessEqual(len(str(error)), 300)
+                self.assertEqual((error.partial.text, error.status_code), ("a", 200))
+        for name, raw, expected in (
+            ("event: error", b"event: error\ndata: Boom\n\n", "Boom"),
+            ("torn", b"event: error\ndata: Boom", "Boom"),
+            ("with JSON", b'event: error\ndata: {"message": "Boom"}\n\n', "Boom"),
+            ("[DONE] alone", b"data: [DONE]\n\n", "without a reply"),
+            ("plain error", b'{"error": {"message": "Boom"}}', "Boom"),
+            ("HTML", b"<html><body>Log in</body></html>", "odd chunk"),
+            ("no choices", b'{"choices": []}', "without a reply"),
+        ):
             client = self.client_of(answer(raw))
             with self.subTest(name), self.assertRaises(nemotron.ReplyError) as caught:
                 client.stream("x").completion()
-            self.assertNotIsInstance(caught.exception, nemotron.IncompleteReplyError)
-            self.assertIn(words, str(caught.exception))
+            self.assertIs(type(caught.exception), nemotron.ReplyError)
+            self.assertIn(expected, str(caught.exception))
 
-    def test_an_endless_event_and_a_compressed_stream(self):
-        big = self.client_of(answer(b"data: " + b"x" * (17 << 20), framing="close"))
-        with self.assertRaisesRegex(nemotron.ReplyError, "over 16 MiB"):
-            list(big.stream("x"))
-        zipped = self.client_of(answer(b"\x1f\x8b", headers={"Content-Encoding": "gzip"}))
-        for call in (zipped.stream, zipped.chat):
+    def test_too_large(self):
+        with mock.patch.object(nemotron, "MAX_BYTES", 1 << 20):
+            for name, piece in (
+                ("a line", b"x" * 65536),
+                ("lines", b"data: xxxxxxx\n" * 4096),
+                ("lines without a colon", b"data\n" * 9999),
+                ("white space", b" " * 65536),
+            ):
+                client = self.client_of(answer(*[piece] * 40, framing="close"))
+                for call in ("chat", "stream"):
+                    with self.subTest(name, call=call):
+                        with self.assertRaisesRegex(nemotron.ReplyError, "over 1 MiB"):
+                            list(getattr(client, call)("x"))
+            events = [delta("x" * 100)] * 20000  # 4 MiB, but none of them is too large
+            client = self.client_of(sse(*events, END, framing="close"))
+            self.assertEqual(len(client.stream("x").completion().text), 2000000)
+
+    def test_compressed(self):
+        zipped = answer(b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+        for call in ("chat", "stream"):
             with self.assertRaisesRegex(nemotron.ReplyError, "compressed .gzip."):
-                call("x")
+                getattr(self.client_of(zipped), call)("x")
 
-    def test_each_piece_comes_at_once(self):
+    def test_a_piece_is_delivered_while_the_server_is_silent(self):
         client = self.client_of(sse(delta("a"), done=False, end="stall"))
         with client.stream("x") as stream:
-            self.assertEqual(next(stream), "a")  # while the server is silent
+            self.assertEqual(next(stream), "a")
 
-    def test_close_and_mixed_reading(self):
+    def test_reading_in_several_ways(self):
         client = self.client_of(sse(delta("a"), delta("b"), delta("c"), END))
         with client.stream("x") as stream:
             self.assertEqual(next(stream), "a")
@@ -887,547 +868,620 @@ class StreamTests(Case):
         with client.stream("x") as stream:
             next(stream)
         self.assertEqual(list(stream), [])
-        with self.assertRaisesRegex(nemotron.IncompleteReplyError, "closed here") as caught:
+        with self.assertRaisesRegex(nemotron.IncompleteReplyError, "closed") as caught:
             stream.completion()
         self.assertEqual(caught.exception.partial.text, "a")
 
-    def test_the_status_is_checked_before_the_stream_is_there(self):
-        client = self.client_of(answer("no", status=400))
-        with self.assertRaises(nemotron.APIStatusError):
-            client.stream("x")
+    def test_n_is_for_blocking_calls(self):
+        client = self.client_of(reply())
+        self.refused(client.stream, "x", n=2)
+        self.refused(client.stream, "x", extra={"n": 2})
+        self.assertEqual(client.chat("x", n=2).text, "ok")
 
 
-def reply_of(one):
-    return answer(json.dumps(one))
+# -------------------------------------------------------------------------- Failures
 
-
-# ------------------------------------------------------------------- Faults and retries
-
-# (body, the server's own words in the error), as they are seen in the wild.
+# (body, the server's words in the error), as they are seen in the wild.
 ERROR_BODIES = (
     ({"detail": {"error": "Not authenticated"}}, "Not authenticated"),
     ({"error": {"message": "Model busy, retry later"}}, "Model busy, retry later"),
-    ({"error": {"message": "No such model", "type": "t", "param": None, "code": 404}},
-     "No such model"),
+    ({"error": {"message": "No such model", "code": 404}}, "No such model"),
     ({"error": "just text"}, "just text"),
     ({"detail": "some detail"}, "some detail"),
-    ({"detail": [{"loc": ["body", "top_p"], "msg": "too high", "type": "x"},
-                 {"loc": ["body"], "msg": "bad", "type": "y"}]},
-     "body.top_p: too high; body: bad"),
+    ({"detail": [{"loc": ["body"], "msg": "too high"}]}, "too high"),
     ({"object": "error", "message": "from vLLM"}, "from vLLM"),
-    ({"detail": [{"loc": 5, "msg": "odd place"}]}, "odd place"),
-    ({"error": {"message": 5}, "loc": 7}, "Words"),
     ({"title": "Gone", "status": 410, "detail": "retired in May"}, "retired in May"),
-    ({"error": 429, "message": "numbers do not talk"}, "numbers do not talk"),
+    ({"error": True, "message": "a flag"}, "a flag"),
+    ({"error": {"message": 5}}, "Reason"),
     ("Rate limited", "Rate limited"),
-    ("<html><head><title>502 Bad\nGateway</title></head>", "502 Bad Gateway"),
-    ("<html><body>no title", "Words"),
-    ("", "Words"),
+    ("<html><head><title>502</title></head>", "Reason"),
+    ("", "Reason"),
     ("[" * 100000, "[[["),
+    ('{"error": ' * 700 + "1" + "}" * 700, "HTTP 400"),
     (b"\xff\xfe", "\ufffd"),
-    ('{"error": ' * 500 + "1" + "}" * 500, "Words"),
-    ([1, {"error": None}], "Words"),
+    ("x" * 3000000, "xxx"),
 )
-STATUS_CLASSES = {400: "APIStatusError", 401: "AuthenticationError",
-                  402: "AuthenticationError", 403: "AuthenticationError",
-                  404: "APIStatusError", 410: "APIStatusError", 422: "APIStatusError",
-                  429: "RateLimitError", 500: "APIStatusError", 502: "APIStatusError",
-                  503: "RateLimitError", 204: "APIStatusError", 103: "APIStatusError"}
+STATUS_CLASSES = {
+    400: "APIStatusError",
+    401: "AuthenticationError",
+    402: "AuthenticationError",
+    403: "AuthenticationError",
+    404: "APIStatusError",
+    422: "APIStatusError",
+    429: "RateLimitError",
+    500: "APIStatusError",
+    503: "RateLimitError",
+    204: "APIStatusError",
+    103: "APIStatusError",
+}
 
 
-class FaultTests(Case):
+class FailureTests(Case):
     def test_error_bodies(self):
-        for body, words in ERROR_BODIES:
+        for body, expected in ERROR_BODIES:
             raw = body if isinstance(body, (str, bytes)) else json.dumps(body)
             client = self.serve(answer(raw, status=400)).client()
-            with self.subTest(words), self.assertRaises(nemotron.APIStatusError) as caught:
-                client.chat("x")
-            self.assertIn(words, str(caught.exception))
-            self.assertIn("HTTP 400", str(caught.exception))
-            self.assertNotIn("\n", str(caught.exception))
-            self.assertLessEqual(len(str(caught.exception)), 300)
+            with self.subTest(expected):
+                with self.assertRaises(nemotron.APIStatusError) as caught:
+                    client.chat("x")
+                message = str(caught.exception)
+                self.assertIn(expected, message)
+                self.assertTrue(message.startswith("HTTP 400 "))
+                self.assertLessEqual(len(message.splitlines()[0]), 300)
+                self.assertEqual(len(message.splitlines()), 1)
 
-    def test_status_classes(self):
+    def test_statuses(self):
         for status, name in STATUS_CLASSES.items():
-            server = self.serve(answer('{"error": "x"}', status=status, headers={
-                "x-request-id": "r1", "Retry-After": "7"}))
+            headers = {"x-request-id": "r1", "Retry-After": "7"}
+            server = self.serve(
+                answer('{"error": "x"}', status=status, headers=headers)
+            )
             client = server.client(retries=0)
             for call in (client.chat, client.stream):
-                with self.subTest(status), self.assertRaises(nemotron.NemotronError) as caught:
-                    call("x")
-                error = caught.exception
-                self.assertEqual(type(error).__name__, name)
-                self.assertEqual((error.status_code, error.request_id, error.retry_after),
-                                 (status, "r1", 7.0))
-                if status not in (103, 204):  # these have no body
-                    self.assertEqual(error.body, {"error": "x"})
+                with self.subTest(status):
+                    with self.assertRaises(nemotron.NemotronError) as caught:
+                        call("x")
+                    error = caught.exception
+                    seen = (error.status_code, error.request_id, error.retry_after)
+                    self.assertEqual(seen, (status, "r1", 7.0))
+                    self.assertEqual(type(error).__name__, name)
+                    if status not in (103, 204):  # these have no body
+                        self.assertEqual(error.body, {"error": "x"})
+                    self.assertIn(server.url + "/chat/completions", str(error))
 
-    def test_over_the_context(self):
-        for status, words in ((400, "This model's maximum context length is 4096 tokens"),
-                              (500, "Requested input length 5000 exceeds 4096")):
-            client = self.serve(answer(words, status=status)).client(retries=0)
-            with self.subTest(status), self.assertRaisesRegex(
-                    nemotron.APIStatusError, "shorten the messages.*4096"):
-                client.chat("x")
+    def test_an_overrun_of_the_context_is_not_retried(self):
+        for status, message in (
+            (400, "This model's maximum context length is 4096 tokens"),
+            (500, "Requested input length 5000 exceeds 4096"),
+        ):
+            server = self.serve(answer(message, status=status))
+            with self.subTest(status):
+                with self.assertRaisesRegex(nemotron.APIStatusError, "4,096.*shorten"):
+                    server.client().chat("x")
+                self.assertEqual(len(server.requests), 1)
 
-    @quiet
     def test_retries_and_then_success(self):
-        for status in (408, 409, 429, 500, 502, 503, 504, None):
+        for status in (408, 409, 429, 500, 502, 503, 504, None, "empty"):
             bad = status and answer("busy", status=status)
+            bad = answer("") if status == "empty" else bad
             server = self.serve(bad, bad, reply())
             client = server.client()
             with self.subTest(status):
+                self.logged.clear()
                 self.assertEqual(client.chat("x").text, "ok")
                 self.assertEqual(len(server.requests), 3)
                 first, second = client.slept
-                self.assertTrue(0.375 <= first <= 0.5 and 0.75 <= second <= 1, client.slept)
-        self.assertEqual(len(self.logged.output), 8 * 2 + 1)
-        self.assertIn("retry 1 of 2 in", self.logged.output[1])
+                self.assertTrue(0.375 <= first <= 0.5 and 0.75 <= second <= 1)
+                self.assertEqual(len(self.logged), 2)
+                self.assertIn("retry 1 of 2 in ", self.logged[0])
 
-    @quiet
     def test_retries_come_to_an_end(self):
         server = self.serve(answer("busy", status=503))
         client = server.client(retries=7)
         with self.assertRaises(nemotron.RateLimitError):
             client.chat("x")
         self.assertEqual(len(server.requests), 8)
-        for wait, most in zip(client.slept, (0.5, 1, 2, 4, 8, 8, 8)):
-            self.assertTrue(0.75 * most <= wait <= most, client.slept)
+        for seconds, most in zip(client.slept, (0.5, 1, 2, 4, 8, 8, 8)):
+            self.assertTrue(0.75 * most <= seconds <= most)
 
-    def test_no_retry_for_other_statuses(self):
+    def test_other_statuses_are_not_retried(self):
         for status in (400, 401, 402, 403, 404, 410, 422, 501, 302):
             server = self.serve(answer("no", status=status), reply())
             with self.subTest(status), self.assertRaises(nemotron.APIStatusError):
                 server.client().chat("x")
             self.assertEqual(len(server.requests), 1)
 
-    @quiet
     def test_retry_after(self):
         def date(seconds):
-            return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + seconds))
+            moment = time.gmtime(time.time() + seconds)
+            return time.strftime("%a, %d %b %Y %H:%M:%S GMT", moment)
 
-        for headers, low, high in (
-                ({"Retry-After": "7"}, 7, 7), ({"Retry-After": "0.5"}, 0.5, 0.5),
-                ({"Retry-After": date(30)}, 28, 30), ({"Retry-After": date(-30)}, 0, 0),
-                ({"Retry-After": "-5"}, 0, 0), ({"Retry-After": "120"}, 120, 120),
-                ({"retry-after-ms": "250", "Retry-After": "9"}, 0.25, 0.25),
-                ({"Retry-After": "soon"}, 0.375, 0.5), ({"Retry-After": "nan"}, 0.375, 0.5)):
-            for status in (429, 503):
-                server = self.serve(answer("busy", status=status, headers=headers), reply())
-                client = server.client()
-                with self.subTest(headers):
-                    self.assertEqual(client.chat("x").text, "ok")
-                    wait, = client.slept
-                    self.assertTrue(low <= wait <= high, wait)
-        for headers in ({"Retry-After": "121"}, {"Retry-After": date(500)},
-                        {"Retry-After": "inf"}):
-            server = self.serve(answer("busy", status=429, headers=headers), reply())
+        for value, low, high in (
+            ("7", 7, 7),
+            ("0.5", 0.5, 0.5),
+            (date(100), 40, 100),
+            ("120", 120, 120),
+            ("soon", 0.375, 0.5),
+            ("nan", 0.375, 0.5),
+            ("121", None, None),
+            (date(500), None, None),
+            ("inf", None, None),
+        ):
+            busy = answer("busy", status=429, headers={"Retry-After": value})
+            server = self.serve(busy, reply())
             client = server.client()
-            with self.subTest(headers), self.assertRaises(nemotron.RateLimitError):
-                client.chat("x")
-            self.assertEqual((client.slept, len(server.requests)), ([], 1))
+            with self.subTest(value):
+                if low is None:
+                    with self.assertRaises(nemotron.RateLimitError):
+                        client.chat("x")
+                    self.assertEqual((client.slept, len(server.requests)), ([], 1))
+                else:
+                    self.assertEqual(client.chat("x").text, "ok")
+                    (seconds,) = client.slept
+                    self.assertTrue(low <= seconds <= high, seconds)
 
-    @quiet
     def test_a_blocking_call_is_retried_until_its_body_is_read(self):
         whole = json.dumps(completion())
         for end in ("short", "reset", "stall"):
-            server = self.serve(answer(whole[:50], end=end, framing="chunked"),
-                                answer(whole[:50], end=end), reply())
+            server = self.serve(
+                answer(whole[:50], end=end, framing="chunked"),
+                answer(whole[:50], end=end),
+                reply(),
+            )
             with self.subTest(end):
-                self.assertEqual(server.client(timeout=0.3).chat("x").text, "ok")
+                self.assertEqual(server.client(timeout=0.2).chat("x").text, "ok")
         server = self.serve(answer(whole[:50], end="short"))
-        with self.assertRaises(nemotron.APIConnectionError):
+        with self.assertRaises(nemotron.APIConnectionError) as caught:
             server.client().chat("x")
-        self.assertEqual(len(server.requests), 3)
+        self.assertEqual((len(server.requests), caught.exception.status_code), (3, 200))
 
     def test_a_stream_is_not_retried_after_its_200(self):
-        server = self.serve(sse(delta("a"), done=False, end="reset"), sse(delta("b"), END))
+        server = self.serve(sse(delta("a"), done=False, end="reset"), sse(END))
         with self.assertRaises(nemotron.IncompleteReplyError):
             server.client().stream("x").completion()
         self.assertEqual(len(server.requests), 1)
 
-    def test_not_an_answer(self):
-        for name, text in (("HTML", "<title>Login</title>"), ("empty", ""), ("text", "ok"),
-                           ("list", "[]"), ("no choices", '{"choices": []}'), ("{}", "{}"),
-                           ("error", '{"error": {"message": "Boom"}}'), ("deep", "[" * 10**5),
-                           ("null", '{"choices": null}'), ("number", "1" * 6000)):
+    def test_not_a_reply(self):
+        for name, text in (
+            ("HTML", "<title>Login</title>"),
+            ("text", "ok"),
+            ("list", "[]"),
+            ("no choices", '{"choices": []}'),
+            ("{}", "{}"),
+            ("error", '{"error": {"message": "Boom"}}'),
+            ("error in a choice", '{"choices": [{"error": "Boom", "message": {}}]}'),
+            ("deep", "[" * 100000),
+            ("null", '{"choices": null}'),
+            ("no message", '{"choices": [{}]}'),
+            ("odd choice", '{"choices": [5]}'),
+            ("odd content", json.dumps(completion(5))),
+            ("number", "1" * 6000),
+        ):
             server = self.serve(answer(text))
             with self.subTest(name), self.assertRaises(nemotron.ReplyError) as caught:
                 server.client().chat("x")
-            self.assertEqual(len(server.requests), 1)
-            self.assertEqual(caught.exception.partial, {})
-            self.assertLessEqual(len(str(caught.exception)), 300)
-
-    def test_a_reply_over_64_mib(self):
-        server = self.serve(answer(*[b" " * (1 << 20)] * 65, framing="close"))
-        with self.assertRaisesRegex(nemotron.ReplyError, "64 MiB"):
-            server.client().chat("x")
+            error = caught.exception
+            self.assertEqual((len(server.requests), error.partial), (1, {}))
+            self.assertEqual(error.status_code, 200)
 
     def test_redirects_are_errors(self):
         other = self.serve(reply())
         for status in (301, 302, 303, 307, 308):
-            server = self.serve(answer("", status=status, headers={"Location": other.url}))
-            for call in (server.client().chat, server.client().stream):
-                with self.subTest(status), self.assertRaisesRegex(
-                        nemotron.APIStatusError, "redirects are not followed"):
-                    call("x")
+            location = {"Location": other.url}
+            client = self.serve(answer("", status=status, headers=location)).client()
+            for call in (client.chat, client.stream):
+                with self.subTest(status):
+                    with self.assertRaisesRegex(nemotron.APIStatusError, "redirects"):
+                        call("x")
         self.assertEqual(other.requests, [])
 
-    @quiet
     def test_timeout(self):
-        server = self.serve(answer(end="stall", framing="close"))
-        for call in ("chat", "stream"):
-            client = server.client(timeout=0.2, retries=1)
-            if call == "stream":  # its 200 has come
-                with self.assertRaises(nemotron.IncompleteReplyError):
-                    client.stream("x").completion()
-                continue
-            with self.assertRaises(nemotron.APITimeoutError):
-                client.chat("x")
-            self.assertEqual(len(client.slept), 1)
         mute = socket.create_server(("127.0.0.1", 0))
         self.addCleanup(mute.close)
-        client = nemotron.Client(base_url=f"http://127.0.0.1:{mute.getsockname()[1]}",
-                                 timeout=0.2, retries=0)
+        url = f"http://127.0.0.1:{mute.getsockname()[1]}"
+        client = nemotron.Client(base_url=url, timeout=0.1, retries=1)
+        client._sleep = lambda seconds: None
         for call in (client.chat, client.stream):
             with self.assertRaises(nemotron.APITimeoutError):
                 call("x")
+        self.assertEqual(len(self.logged), 2)
 
-    @quiet
     def test_nobody_there(self):
         with socket.create_server(("127.0.0.1", 0)) as gone:
             port = gone.getsockname()[1]
-        client = nemotron.Client(base_url=f"http://127.0.0.1:{port}", retries=2)
+        client = nemotron.Client(base_url=f"http://127.0.0.1:{port}")
         client._sleep = lambda seconds: None
-        with self.assertRaises(nemotron.APIConnectionError) as caught:
+        with self.assertRaisesRegex(nemotron.APIConnectionError, f":{port}") as caught:
             client.chat("x")
         self.assertIsInstance(caught.exception.__cause__, ConnectionRefusedError)
-        self.assertEqual(len(self.logged.output), 3)
+        self.assertEqual(len(self.logged), 2)
 
-    def test_no_retry_for_a_host_that_does_not_exist_or_a_bad_certificate(self):
-        class VerificationError(OSError):
-            verify_message = "self-signed"
+    def test_an_unknown_host_is_not_retried(self):
+        client = nemotron.Client(token="t", base_url="https://host.invalid")
+        client._sleep = self.fail
+        with self.assertRaises(nemotron.APIConnectionError) as caught:
+            client.chat("x")
+        if caught.exception.__cause__.errno == socket.EAI_AGAIN:
+            self.skipTest("no name server answers here")
 
-        for cause, again in ((socket.gaierror(socket.EAI_NONAME, "x"), False),
-                             (socket.gaierror(socket.EAI_AGAIN, "x"), True),
-                             (VerificationError(1, "x"), False), (OSError(1, "x"), True)):
-            with self.subTest(cause):
-                error = nemotron.connection_error(cause, "host")
-                error.__cause__ = cause
-                self.assertEqual(nemotron.may_pass(error), again)
-
-    def deadline_client(self, server, deadline, **settings):
-        """A client for which each look at the clock is one second later."""
-        client = server.client(deadline=deadline, **settings)
-        client._clock = itertools.count().__next__
-        return client
-
-    @quiet
     def test_deadline(self):
+        def client_of(one, deadline):
+            """A client for which each look at the clock is a second later."""
+            client = self.serve(one).client(deadline=deadline, timeout=600)
+            client._clock = itertools.count().__next__
+            return client
+
         drip = answer(*[b" "] * 50, framing="chunked", end="stall")
         with self.assertRaisesRegex(nemotron.APITimeoutError, "deadline of 9 s"):
-            self.deadline_client(self.serve(drip), 9).chat("x")
+            client_of(drip, 9).chat("x")
         drip = sse(*[delta("a")] * 50, done=False, end="stall")
-        with self.assertRaises(nemotron.IncompleteReplyError) as caught:
-            self.deadline_client(self.serve(drip), 9).stream("x").completion()
-        self.assertTrue(1 < len(caught.exception.partial.text) < 9)
-        self.assertIn("deadline of 9 s", str(caught.exception))
-        server = self.serve(answer("busy", status=429, headers={"Retry-After": "20"}))
-        client = self.deadline_client(server, 15)
+        with self.assertRaisesRegex(nemotron.IncompleteReplyError, "of 9 s") as caught:
+            client_of(drip, 9).stream("x").completion()
+        self.assertTrue(1 <= len(caught.exception.partial.text) < 9)
+        client = client_of(answer("", status=429, headers={"Retry-After": "20"}), 15)
         with self.assertRaises(nemotron.RateLimitError):
             client.chat("x")
-        self.assertEqual((client.slept, len(server.requests)), ([], 1))
-
-    @quiet
-    def test_deadline_of_dripping_headers(self):
-        raw = b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: y\r\n" % i for i in range(90))
-        for path in ("chat", "stream"):
-            dripped, enough = [], threading.Event()
-            with socket.create_server(("127.0.0.1", 0)) as listener:
-                def drip(listener=listener, dripped=dripped, enough=enough):
-                    connection, _ = listener.accept()
-                    with connection, contextlib.suppress(OSError):
-                        for i in range(len(raw)):
-                            connection.sendall(raw[i : i + 1])
-                            dripped.append(i)
-                            enough.wait(0.02)
-
-                thread = threading.Thread(target=drip)
-                thread.start()
-                client = nemotron.Client(
-                    base_url=f"http://127.0.0.1:{listener.getsockname()[1]}",
-                    deadline=0.3)
-                with self.subTest(path), self.assertRaises(nemotron.APITimeoutError):
-                    getattr(client, path)("x")
-                self.assertLess(len(dripped), len(raw))
-                enough.set()
-                thread.join(30)
-
-    def test_deadline_bounds_the_silence_of_an_attempt(self):
-        server = self.serve(answer(end="stall", framing="close"))
-        client = server.client(timeout=600, deadline=0.3)
+        self.assertEqual(client.slept, [])
+        silent = self.serve(answer(end="stall", framing="close"))
         with self.assertRaises(nemotron.APITimeoutError):
-            client.chat("x")
+            silent.client(timeout=600, deadline=0.3).chat("x")
 
 
-# ----------------------------------------------------------------------------- Settings
+# -------------------------------------------------------------------------- Settings
+
+BAD_BASE_URLS = """
+api.example.com ftp://x/v1 file:///etc/passwd http://example.com/v1 https://
+http://127.0.0.1.example.com http://localhost.example.com https://user:secret@x/
+https://x/?a=b https://x/#a https://x:port/ http://10.0.0.1/ http://127.0.0.999
+http://127.0.0.01 http://127.1 http://[::1].evil.com http://[::2] https://x\\@evil.com
+http://localhost@evil.com https://\u00e9.com
+""".split()
 
 
 class SettingsTests(Case):
     def test_bad_settings(self):
+        urls = [
+            {"base_url": url}
+            for url in (*BAD_BASE_URLS, "https://x\r\n/", "https://a b/", 5)
+        ]
         for setting in (
-                {"timeout": 0}, {"timeout": -1}, {"timeout": "5"}, {"timeout": True},
-                {"timeout": float("inf")}, {"deadline": 0}, {"retries": -1},
-                {"retries": 1.5}, {"model": 5}, {"token": 5}, {"token": b"x"},
-                {"base_url": 5}, {"base_url": "api.example.com"}, {"base_url": "ftp://x/v1"},
-                {"base_url": "file:///etc/passwd"}, {"base_url": "http://example.com/v1"},
-                {"base_url": "http://127.0.0.1.example.com"}, {"base_url": "https://"},
-                {"base_url": "http://localhost.example.com"}, {"base_url": "https://a b/"},
-                {"base_url": "https://user:secret@x/"}, {"base_url": "https://x/?a=b"},
-                {"base_url": "https://x/#a"}, {"base_url": "https://x:port/"},
-                {"base_url": "https://x\r\n/"}, {"base_url": "http://10.0.0.1/"}):
+            *urls,
+            {"timeout": 0},
+            {"timeout": "5"},
+            {"timeout": float("inf")},
+            {"deadline": -1},
+            {"retries": -1},
+            {"retries": 1.5},
+            {"model": 5},
+            {"token": 5},
+        ):
             with self.subTest(setting):
-                words = self.refused(nemotron.Client, **setting)
-                self.assertNotIn("secret", words)
-        for url in ("https://x", "https://x/v1/", "http://localhost:1", "http://127.9.9.9",
-                    "http://[::1]:8/v1", "HTTPS://X/v1"):
+                self.assertNotIn("secret", self.refused(nemotron.Client, **setting))
+
+    def test_good_base_urls(self):
+        for url in (
+            "http://localhost:8000/v1",
+            "http://127.0.0.1/",
+            "http://127.255.0.9:1",
+            "http://[::1]:80/v1",
+            "https://api.example.com:8443/a/b",
+            "HTTPS://API.example.com",
+        ):
             with self.subTest(url):
-                nemotron.Client(base_url=url)
+                self.assertEqual(nemotron.Client(base_url=url).base_url, url)
 
     def test_environment(self):
-        client = nemotron.Client()
-        self.assertEqual((client.base_url, client.model, client.timeout),
-                         (nemotron.BASE_URL, nemotron.MODEL, 600))
         server = self.serve(reply())
-        self.setenv(DEEPINFRA_BASE_URL=server.url, NEMOTRON_MODEL="env-model",
-                    DEEPINFRA_TOKEN=" ", DEEPINFRA_API_KEY="\tkey \n",
-                    DEEPINFRA_API_TOKEN="other")
-        self.assertEqual(nemotron.chat("x").text, "ok")
-        request, = server.requests
-        self.assertEqual(request.headers["authorization"], "Bearer key")
-        self.assertEqual(request.json["model"], "env-model")
-        nemotron.Client(token="given", model="given").chat("x", model="of the call")
-        self.assertEqual(server.requests[1].headers["authorization"], "Bearer given")
-        self.assertEqual(server.requests[1].json["model"], "of the call")
-        self.setenv(DEEPINFRA_BASE_URL="nonsense")
-        self.refused(nemotron.Client)
+        os.environ["DEEPINFRA_BASE_URL"] = server.url
+        os.environ["NEMOTRON_MODEL"] = "m2"
+        for variables, expected in (
+            ({"DEEPINFRA_TOKEN": " one\n", "DEEPINFRA_API_KEY": "two"}, "Bearer one"),
+            ({"DEEPINFRA_TOKEN": " ", "DEEPINFRA_API_KEY": "two"}, "Bearer two"),
+            ({"DEEPINFRA_TOKEN": "", "DEEPINFRA_API_TOKEN": "three"}, "Bearer three"),
+            ({"DEEPINFRA_TOKEN": ""}, None),
+        ):
+            with self.subTest(variables), mock.patch.dict(os.environ, variables):
+                nemotron.chat("x")
+                request = server.requests[-1]
+                self.assertEqual(request.headers.get("authorization"), expected)
+                self.assertEqual(request.json["model"], "m2")
+        self.assertEqual(nemotron.chat("x", model="m3").text, "ok")
+        self.assertEqual(server.requests[-1].json["model"], "m3")
 
-    def test_no_token(self):
-        with self.assertRaises(nemotron.AuthenticationError) as caught:
-            nemotron.chat("x")
-        self.assertIsNone(caught.exception.status_code)
-        server = self.serve(reply())
-        self.assertEqual(nemotron.Client(base_url=server.url).chat("x").text, "ok")
-        self.assertNotIn("authorization", server.requests[0].headers)
-
-    def test_bad_tokens_are_neither_sent_nor_shown(self):
-        server = self.serve(reply())
-        for token in ("se\rcret", "se\ncret", "se\r\ncret", "se\0cret", "se\u00e9cret",
-                      "se\x7fcret", "se\tcret", "\u2028secr\u2028et"):
-            client = server.client(token=token)
+    def test_no_token_and_bad_tokens(self):
+        for token in (None, "", " ", "a\nb", "caf\u00e9", "a\x7fb"):
+            client = nemotron.Client(token=token)
             for call in (client.chat, client.stream, client.batch):
-                with self.subTest(token), self.assertRaises(
-                        nemotron.AuthenticationError) as caught:
-                    call("x")
-                self.assertNotIn("cret", repr(caught.exception))
-        self.assertEqual(server.requests, [])
+                with self.subTest(token, call=call.__name__):
+                    with self.assertRaises(nemotron.AuthenticationError) as caught:
+                        call("x")
+                    self.assertIsNone(caught.exception.status_code)
+                    self.assertNotIn("caf", str(caught.exception))
 
-    @quiet
     def test_the_token_is_in_no_diagnostic(self):
-        long = TOKEN * 30
-        for token in (TOKEN, long, "shrt"):
-            for name, what in (
-                    ("body", answer(json.dumps({"error": f"bad key {token}"}), status=401)),
-                    ("text", answer(f"{'x' * 280} {token}", status=500)),
-                    ("clipped", answer(f"{token} " * 50 + token, status=500)),
-                    ("not JSON", answer(f"your {token}!")),
-                    ("error", answer(json.dumps({"error": token}))),
-                    ("encoding", answer("x", headers={"Content-Encoding": token})),
-                    ("location", answer("", status=302, headers={"Location": token})),
-                    ("status line", answer("", status=f"x {token}")),
-                    ("stream", sse(delta("a"), {"error": token})),
-                    ("stream not JSON", sse(f"{{ {token}"))):
-                client = self.serve(what).client(token=token)
-                for call in (client.chat, client.stream):
-                    with self.subTest(name), self.assertRaises(
-                            nemotron.NemotronError) as caught:
+        escaped = json.dumps(TOKEN)[1:-1].replace("/", "\\/")
+        unicode = "".join(f"\\u{ord(character):04x}" for character in TOKEN)
+        for name, what in (
+            ("body", answer(f'{{"error": "bad key {TOKEN}"}}', status=400)),
+            ("body, escaped", answer(f'{{"error": "bad {escaped}"}}', status=400)),
+            ("body, as Unicode", answer(f'{{"error": "bad {unicode}"}}', status=400)),
+            ("key", answer(f'{{"{TOKEN}": 1}}', status=400)),
+            ("text", answer(f"{'x' * 200} {TOKEN}", status=500)),
+            ("cut", answer(f"{TOKEN} " * 50 + TOKEN, status=500)),
+            ("not JSON", answer(f"your {TOKEN}!")),
+            ("error", answer(json.dumps({"error": TOKEN}))),
+            ("encoding", answer("x", headers={"Content-Encoding": TOKEN * 20})),
+            ("location", answer("", status=302, headers={"Location": TOKEN})),
+            ("request", answer("", status=400, headers={"x-request-id": TOKEN})),
+            ("status line", answer("", status=f"x {TOKEN}")),
+            ("stream", sse(delta("a"), {"error": TOKEN})),
+            ("stream not JSON", sse(f"{{ {escaped}")),
+        ):
+            client = self.serve(what).client(retries=1)
+            for call in (client.chat, client.stream):
+                with self.subTest(name, call=call.__name__):
+                    with self.assertRaises(nemotron.NemotronError) as caught:
                         list(call("x"))
                     error = caught.exception
                     while error is not None:
-                        for shown in (str(error), repr(error), repr(error.args),
-                                      str(getattr(error, "body", ""))):
-                            self.assertNotIn(token[:10], shown)
+                        shown = [str(error), repr(error), repr(error.args)]
+                        shown.append(repr(getattr(error, "body", "")))
+                        shown.append(repr(getattr(error, "request_id", "")))
+                        self.assertNotIn(TOKEN[:10], "".join(shown))
                         error = error.__cause__
-        self.assertNotIn(TOKEN[:10], "".join(self.logged.output))
+            (row,) = client.batch(["x"]) if name.startswith(("body", "key")) else [{}]
+            self.assertNotIn(TOKEN[:10], json.dumps(row))
+        self.assertNotIn(TOKEN[:10], "".join(self.logged))
         self.assertNotIn(TOKEN, repr(nemotron.Client(token=TOKEN)))
-
-    def test_a_short_token_spoils_no_words(self):
-        client = self.serve(answer("next exit: x", status=400)).client(token="x")
-        with self.assertRaisesRegex(nemotron.APIStatusError, r"next exit: \[token\]"):
-            client.chat("x")
 
     def test_proxies(self):
         proxy, server = self.serve(answer("", status=407)), self.serve(reply())
         address = f"http://127.0.0.1:{proxy.port}"
-        self.setenv(http_proxy=address, https_proxy=address, ALL_PROXY=address)
+        os.environ.update(http_proxy=address, https_proxy=address)
         self.assertEqual(server.client().chat("x").text, "ok")
         self.assertEqual(proxy.requests, [])
-        client = nemotron.Client(token=TOKEN, base_url="https://x.invalid/v1", retries=0)
+        client = nemotron.Client(token=TOKEN, base_url="https://x.invalid", retries=0)
         with self.assertRaisesRegex(nemotron.APIConnectionError, "407"):
             client.chat("x")
-        client.deadline = 60
-        with self.assertRaisesRegex(nemotron.APIConnectionError, "407"):
-            client.chat("x")
-        self.assertEqual(len(proxy.requests), 2)
-        for request in proxy.requests:
-            self.assertEqual((request.method, request.path), ("CONNECT", "x.invalid:443"))
-            self.assertNotIn("authorization", request.headers)
-        self.setenv(https_proxy="socks5://127.0.0.1:1")
-        client = nemotron.Client(token=TOKEN, base_url="https://x.invalid/v1")
-        with self.assertRaisesRegex(nemotron.APIConnectionError, "SOCKS"):
-            client.chat("x")
-
-    def test_one_opener_for_the_life_of_a_client(self):
-        server = self.serve(reply())
-        client = server.client()
-        self.assertIsNone(client._opener)
-        client.chat("x")
-        first = client._opener
-        threads = [threading.Thread(target=client.chat, args=("x",)) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertIs(client._opener, first)
-        self.assertEqual(len(server.requests), 9)
+        (request,) = proxy.requests
+        self.assertEqual((request.method, request.path), ("CONNECT", "x.invalid:443"))
+        self.assertNotIn("authorization", request.headers)
 
     def test_without_ssl(self):
-        code = ("import sys; sys.modules['ssl'] = sys.modules['_ssl'] = None; import nemotron;"
-                "sys.exit(nemotron.main(['-n', *sys.argv[1:]]))")
+        code = (
+            "import sys; sys.modules['ssl'] = sys.modules['_ssl'] = None; import nemotron;"
+            "sys.exit(nemotron.main(['-n', *sys.argv[1:]]))"
+        )
 
         def run(*args):
-            return subprocess.run([sys.executable, "-c", code, *args], cwd=HERE, timeout=60,
-                                  env=environment(DEEPINFRA_TOKEN="x"), capture_output=True)
+            command = [sys.executable, "-c", code, *args]
+            env = environment(DEEPINFRA_TOKEN="x")
+            return subprocess.run(command, cwd=HERE, env=env, capture_output=True)
 
         done = run("x")
         self.assertEqual(done.returncode, 1)
-        self.assertIn(b"without the ssl module", done.stderr)
+        self.assertRegex(done.stderr, rb"^nemotron: [^\n]*ssl module[^\n]*\n$")
         self.assertEqual(run("--offline", "x").stdout, b"x\n")
 
 
-# Of nobody but this test: for 127.0.0.1, until 2120.
-CERTIFICATE = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg/lGg29K3rFLhDcfT
-prbkBaBQSWyxEtddPAxhzPh1JHChRANCAAQgZ51D78nULeF0nUKvdx0p3mlSHOjK
-6BbOcRaXPFyIaaVgvWZ6Or0PkUZ2O9F+8k+0MAoX/2RyGTqxuYFkGpUY
------END PRIVATE KEY-----
------BEGIN CERTIFICATE-----
-MIIBjjCCATOgAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAkxMjcuMC4w
-LjEwIBcNMjAwMTAxMDAwMDAwWhgPMjEyMDAxMDEwMDAwMDBaMBQxEjAQBgNVBAMM
-CTEyNy4wLjAuMTBZMBMGByqGSM49AgEGCCqGSM49AwEHA0IABCBnnUPvydQt4XSd
-Qq93HSneaVIc6MroFs5xFpc8XIhppWC9Zno6vQ+RRnY70X7yT7QwChf/ZHIZOrG5
-gWQalRijdDByMA8GA1UdEQQIMAaHBH8AAAEwDwYDVR0TAQH/BAUwAwEB/zAOBgNV
-HQ8BAf8EBAMCAoQwHQYDVR0OBBYEFGWNeD5qFUtnuNRc7rh8a/y3JZ0MMB8GA1Ud
-IwQYMBaAFGWNeD5qFUtnuNRc7rh8a/y3JZ0MMAoGCCqGSM49BAMCA0kAMEYCIQCw
-McmU7yHKzbfMoXC/aFPIGo/XZl48wQVAF4gHK6uCXAIhAJduSLwoxyMlySJWIBAi
-0SULWbPxBo+jT49yTti5hrBw
------END CERTIFICATE-----
-"""
-
-
-class TLSTests(Case):
+@unittest.skipUnless(shutil.which("openssl"), "openssl")
+class CertificateTests(Case):
     def serve_tls(self, *answers):
-        (self.folder / "certificate.pem").write_text(CERTIFICATE)
+        try:
+            import ssl
+        except ImportError:
+            self.skipTest("ssl")
+        files = [self.folder / "certificate.pem", self.folder / "key.pem"]
+        command = (
+            "openssl req -x509 -newkey rsa:2048 -nodes -days 3650 -subj /CN=x -addext"
+        )
+        command = [*command.split(), "subjectAltName=IP:127.0.0.1", "-out", files[0]]
+        subprocess.run([*command, "-keyout", files[1]], check=True, capture_output=True)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self.folder / "certificate.pem")
+        context.load_cert_chain(*files)
         server = self.serve(*answers)
         server.tls = context
         server.url = server.url.replace("http:", "https:")
         return server
 
-    def test_a_certificate_that_fails_is_not_tried_again(self):
-        server = self.serve_tls(reply())
+    def test_certificates(self):
+        broken = sse(delta("a"), done=False, end="reset")
+        server = self.serve_tls(reply(), sse(delta("a"), END), broken, reply())
         with self.assertRaisesRegex(nemotron.APIConnectionError, "SSL_CERT_FILE"):
             server.client().chat("x")
-        self.assertEqual(server.requests, [])
-
-    def test_https(self):
-        self.setenv(SSL_CERT_FILE=str(self.folder / "certificate.pem"))
-        server = self.serve_tls(reply(), sse(delta("a"), END),
-                                                sse(delta("a"), done=False, end="reset"), reply())
+        self.assertEqual((server.requests, self.logged), ([], []))
+        os.environ["SSL_CERT_FILE"] = str(self.folder / "certificate.pem")
         client = server.client()
         self.assertEqual(client.chat("x").text, "ok")
         self.assertEqual(client.stream("x").completion().text, "a")
         with self.assertRaises(nemotron.IncompleteReplyError):
             client.stream("x").completion()
         self.assertEqual(server.client(deadline=60).chat("x").text, "ok")
-        rows = list(client.batch("abc", jobs=3))
-        self.assertEqual([row["error"] for row in rows], [None] * 3)
+        self.assertEqual([row["error"] for row in client.batch("abc")], [None] * 3)
 
 
 class OfflineTests(Case):
     def test_blocking_and_streamed(self):
-        self.setenv(DEEPINFRA_TOKEN="x\ny", DEEPINFRA_BASE_URL="nonsense")
+        os.environ.update(DEEPINFRA_TOKEN="x\ny", DEEPINFRA_BASE_URL="nonsense")
         with nemotron.offline() as client:
-            for text in ("Hello!", "two  words\n and more\n", " ", "", "\u20ac </s> x", "</s>"):
-                with self.subTest(text):
-                    messages = [SYSTEM, USER, ASSISTANT, {"role": "user", "content": text}]
-                    whole = client.chat(messages)
-                    self.assertEqual(whole.text, text)
-                    self.assertEqual(whole.finish_reason, "stop")
-                    self.assertEqual(whole.usage["total_tokens"],
-                                     whole.usage["prompt_tokens"]
-                                     + whole.usage["completion_tokens"])
-                    streamed = client.stream(messages).completion()
-                    self.assertEqual(streamed.text, text)
-                    for volatile in ("id", "created"):
-                        del whole[volatile], streamed[volatile]
-                    self.assertEqual(streamed, whole)
+            for text in (
+                "Hello!",
+                "two  words\n and more\n",
+                " ",
+                "",
+                "\u20ac </s> x",
+                "</s>",
+            ):
+                messages = [SYSTEM, USER, ASSISTANT, {"role": "user", "content": text}]
+                whole = client.chat(messages)
+                streamed = client.stream(messages).completion()
+                for one in (whole, streamed):
+                    with self.subTest(text):
+                        self.assertEqual((one.text, one.finish_reason), (text, "stop"))
+                        used = {**one.usage}
+                        total = used["prompt_tokens"] + used["completion_tokens"]
+                        self.assertEqual(used["total_tokens"], total)
+                        del one["id"], one["created"]
+                self.assertEqual(streamed, whole)
             self.assertEqual(len(client.chat("x", n=3)["choices"]), 3)
-            self.assertEqual(len(client.stream("x", n=3).completion()["choices"]), 3)
-            rows = list(client.batch(["a", "b"]))
-            self.assertEqual({row["custom_id"] for row in rows}, {"line-1", "line-2"})
+            parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+            self.assertEqual(
+                client.chat([{"role": "user", "content": parts}]).text, "ab"
+            )
 
 
-# ------------------------------------------------------------------------------- Batch
+# ----------------------------------------------------------------------------- Batch
 
-
-def echo_custom(request):
-    """Answers with the last message, at a cost of 0.25."""
-    return reply(request.json["messages"][-1]["content"])
+# Each form of a request, and what is in its body beside the model and the message "u".
+FORMS = {
+    "text": ("u", {}),
+    "a prompt": ({"prompt": "u", "custom_id": "x", "seed": 1}, {"seed": 1}),
+    "a prompt and system": (
+        {"prompt": "u", "system": "s"},
+        {"messages": [SYSTEM, USER]},
+    ),
+    "a body": ({"messages": [USER], "top_k": 5, "x": 1}, {"top_k": 5, "x": 1}),
+    "a streamed body": (
+        {"messages": [USER], "stream": True, "stream_options": {}, "model": "z"},
+        {"model": "z"},
+    ),
+    "a batch line": (
+        {
+            "custom_id": "a",
+            "method": "POST",
+            "url": "/v1/openai/chat/completions",
+            "body": {"messages": [USER], "seed": None},
+        },
+        {},
+    ),
+}
+BAD_FORMS = (
+    5,
+    None,
+    [USER],
+    {},
+    {"prompt": "u", "messages": [USER]},
+    {"prompt": 5},
+    {"prompt": "u", "top_p": 0},
+    {"body": []},
+    {"url": "/v1/embeddings", "body": {"messages": [USER]}},
+    {"method": "GET", "body": {"messages": [USER]}},
+    {"custom_id": 5, "prompt": "u"},
+    {"messages": 5},
+    {"prompt": "u", "x": float("nan")},
+)
 
 
 class BatchTests(Case):
+    def setUp(self):
+        super().setUp()
+        self.output = str(self.folder / "rows.jsonl")
+
+    def rows(self):
+        with open(self.output, "rb") as file:
+            return [json.loads(line) for line in file]
+
+    def test_forms(self):
+        server = self.serve(echo)
+        for name, (form, expected) in FORMS.items():
+            with self.subTest(name):
+                before = json.dumps(form)
+                (row,) = server.client(model="m").batch([form])
+                body = {"model": "m", "messages": [USER], **expected}
+                self.assertEqual(
+                    (row["request"], server.requests[-1].json), (body, body)
+                )
+                self.assertEqual(json.dumps(form), before)
+        sent = len(server.requests)
+        for form in BAD_FORMS:
+            with self.subTest(form):
+                (row,) = server.client().batch([form])
+                self.assertEqual(row["error"]["code"], "invalid_request")
+                seen = (row["custom_id"], row["request"], row["response"])
+                self.assertEqual(seen, ("line-1", None, None))
+        self.assertEqual(len(server.requests), sent)
+
+    def test_defaults(self):
+        own = {"role": "system", "content": "own"}
+        defaults = {"system": "s", "seed": 1, "extra": {"a": 1, "b": 1, "top_k": 7}}
+        for request, expected in (
+            (
+                {"prompt": "u", "seed": 2, "b": 2},
+                {"seed": 2, "a": 1, "b": 2, "top_k": 7},
+            ),
+            ({"prompt": "u", "top_k": 3}, {"seed": 1, "a": 1, "b": 1, "top_k": 3}),
+        ):
+            (row,) = self.serve(echo).client(model="m").batch([request], **defaults)
+            body = {"model": "m", "messages": [SYSTEM, USER], **expected}
+            self.assertEqual(row["request"], body)
+        (row,) = (
+            self.serve(echo).client().batch([{"messages": [own, USER]}], system="s")
+        )
+        self.assertEqual(row["request"]["messages"], [own, USER])
+
     def test_rows(self):
-        server = self.serve(lambda request: {
+        special = {
             "bad": answer('{"error": "no"}', status=422, headers={"x-request-id": "r"}),
-            "html": answer("<title>x</title>"), "cut": answer("{", end="short"),
-        }.get(request.json["messages"][-1]["content"]) or echo_custom(request))
-        requests = ["a", {"custom_id": "b", "prompt": "B"}, 5, {"prompt": "c", "top_p": 0},
-                    {"custom_id": "b", "prompt": "again"}, "bad", "html", "cut",
-                    {"custom_id": "line-10", "prompt": "taken"}, "j"]
-        rows = {}
-        for row in server.client(retries=0).batch(iter(requests), jobs=3):
-            self.assertEqual(set(row), {"id", "custom_id", "response", "error"})
-            rows.setdefault(row["custom_id"], []).append(row)
-        self.assertEqual(sum(map(len, rows.values())), len(requests))
-        codes = {name: sorted((row["error"] or {}).get("code", "") for row in group)
-                 for name, group in rows.items()}
-        self.assertEqual(codes, {
-            "line-1": [""], "b": ["", "duplicate_custom_id"], "line-3": ["invalid_request"],
-            "line-4": ["invalid_request"], "line-6": ["api_status"], "line-7": ["reply"],
-            "line-8": ["connection"], "line-10": ["", "duplicate_custom_id"]})
-        self.assertEqual(rows["line-1"][0]["response"]["body"], completion("a"))
-        self.assertEqual(rows["line-6"][0]["response"], {
-            "status_code": 422, "request_id": "r", "body": {"error": "no"}})
-        self.assertEqual(rows["line-7"][0]["response"]["status_code"], 200)
-        self.assertIsNone(rows["line-8"][0]["response"])
-        self.assertIsNone(rows["line-3"][0]["response"])
-        self.assertEqual(len({row["id"] for group in rows.values() for row in group}), 10)
+            "html": answer("<title>x</title>"),
+            "cut": answer("{", end="short"),
+            "zip": answer("x", headers={"Content-Encoding": "gzip"}),
+            "deep": answer("[" * 3000 + "]" * 3000),
+            "gone": None,
+        }
+        server = self.serve(lambda r: special.get(last_text(r), echo(r)))
+        requests = [
+            "a",
+            {"custom_id": "b", "prompt": "B"},
+            {"custom_id": "b", "prompt": "c"},
+        ]
+        requests += [*special, {"custom_id": "line-11", "prompt": "taken"}, "j"]
+        rows = list(server.client(retries=0).batch(iter(requests), jobs=1))
+        keys = ["id", "custom_id", "request", "response", "error"]
+        self.assertEqual([list(row) for row in rows], [keys] * len(requests))
+        self.assertEqual(
+            [(row["custom_id"], (row["error"] or {}).get("code")) for row in rows],
+            [
+                ("line-1", None),
+                ("b", None),
+                ("b", "duplicate_custom_id"),
+                ("line-4", "api_status"),
+                ("line-5", "reply"),
+                ("line-6", "connection"),
+                ("line-7", "reply"),
+                ("line-8", "reply"),
+                ("line-9", "connection"),
+                ("line-11", None),
+                ("line-11", "duplicate_custom_id"),
+            ],
+        )
+        bodies = [row["response"] for row in rows]
+        self.assertEqual(bodies[0]["body"], completion("a"))
+        failed = {"status_code": 422, "request_id": "r", "body": {"error": "no"}}
+        self.assertEqual(bodies[3], failed)
+        self.assertEqual(
+            [b and b["status_code"] for b in bodies[4:9]], [200] * 4 + [None]
+        )
+        self.assertEqual(len({row["id"] for row in rows}), len(rows))
+
+    def test_a_deep_reply_gives_a_row_that_can_be_read_back(self):
+        for depth in (100, 450, 900, 950, 980, 990, 3000):
+            deep = (
+                json.dumps(completion())[:-1]
+                + ', "x": '
+                + "[" * depth
+                + "]" * depth
+                + "}"
+            )
+            client = self.serve(answer(deep)).client()
+            with self.subTest(depth):
+                (row,) = client.batch("a", output=self.output)
+                self.assertEqual(row["response"]["status_code"], 200)
+                again = len(list(client.batch("a", output=self.output)))
+                self.assertEqual(again, row["error"] is not None)
+                os.unlink(self.output)
 
     def test_lazy_and_at_most_jobs_in_flight(self):
-        server, taken = self.serve(echo_custom), []
+        server, taken = self.serve(echo), []
 
         def endless():
             for number in itertools.count():
@@ -1440,88 +1494,115 @@ class BatchTests(Case):
             next(rows)
             self.assertLessEqual(len(taken), 40 + 5)
         rows.close()
-        for thread in threading.enumerate():  # what was in flight may end
-            if thread.name == "nemotron":
-                thread.join(30)
-        self.assertLessEqual(server.most, 5)
-        self.assertLessEqual(len(server.requests), 45)
+        self.assertLessEqual(server.most_in_flight, 5)
 
-    def test_rows_come_while_the_source_is_slow(self):
-        server, go = self.serve(echo_custom), threading.Event()
+    def test_rows_come_while_the_source_is_silent(self):
+        go = threading.Event()
         self.addCleanup(go.set)
 
         def slow():
-            yield "a"
-            yield "b"
-            go.wait(30)
+            yield from "ab"
+            go.wait(60)
             yield "c"
 
-        rows = server.client().batch(slow(), jobs=4)
-        first = {next(rows)["custom_id"], next(rows)["custom_id"]}
-        self.assertEqual(first, {"line-1", "line-2"})
-        self.assertFalse(go.is_set())
+        rows = self.serve(echo).client().batch(slow(), jobs=4)
+        self.assertEqual({next(rows)["custom_id"] for _ in "ab"}, {"line-1", "line-2"})
         go.set()
         self.assertEqual([row["custom_id"] for row in rows], ["line-3"])
 
     def test_what_the_source_raises_comes_after_the_rows(self):
         def broken():
-            yield "a"
-            yield "b"
+            yield from "ab"
             raise LookupError("of the caller")
 
-        rows, names = self.serve(echo_custom).client().batch(broken(), jobs=2), set()
+        names = set()
         with self.assertRaisesRegex(LookupError, "of the caller"):
-            for row in rows:
+            for row in self.serve(echo).client().batch(broken(), jobs=2):
                 names.add(row["custom_id"])
         self.assertEqual(names, {"line-1", "line-2"})
 
-    @quiet
-    def test_a_named_wait_holds_back_all_workers(self):
-        held, clock = threading.Event(), [0.0]
+    def test_no_row_is_lost_between_taking_and_counting(self):
+        reply_text = json.dumps(completion()).encode()
 
-        def busy(request):
-            if not held.is_set():
-                held.set()
-                return answer("busy", status=429, headers={"Retry-After": "60"})
-            return echo_custom(request)
+        class Opener:  # the network alone is replaced
+            def open(self, request, timeout):
+                sock = mock.Mock(makefile=lambda mode: io.BytesIO(head + reply_text))
+                response = http.client.HTTPResponse(sock)
+                response.begin()
+                return response
 
-        server = self.serve(busy)
-        client = server.client()
-        client._clock = lambda: clock[0]
-        batch = nemotron.Batch(client, enumerate(map(str, range(50)), 1), 4, {})
-        batch._halt.wait = lambda seconds: (
-            waits.append(seconds), clock.__setitem__(0, clock[0] + seconds))[0]
-        waits = []
-        rows = list(batch.rows())
-        self.assertEqual([row["error"] for row in rows], [None] * 50)
-        self.assertIn(60.0, waits)
-        self.assertGreaterEqual(clock[0], 60)
-        self.assertEqual(len(server.requests), 51)
+        import http.client
+
+        head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(reply_text)
+        client = nemotron.Client(token="t")
+        client._opener = Opener()
+        before = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, before)
+        sys.setswitchinterval(1e-6)
+        for _ in range(400):
+            rows = list(client.batch("abc", jobs=3))
+            self.assertEqual(len(rows), 3)
+        self.assertEqual(rows[0]["error"], None)
+
+    def test_rate_limits_lose_nothing(self):
+        for headers in ({}, {"Retry-After": "0"}, {"Retry-After": "0.01"}):
+            counter = itertools.count(1)  # only every fifth request is answered
+            busy = answer("busy", status=429, headers=headers)
+            server = self.serve(
+                lambda r, b=busy, c=counter: b if next(c) % 5 else echo(r)
+            )
+            with (
+                self.subTest(headers),
+                mock.patch.multiple(nemotron.Batch, FIRST_PAUSE=0.001, MAX_PAUSE=0.01),
+            ):
+                self.logged.clear()
+                rows = list(server.client(retries=0).batch("abcdefghijklmnop"))
+                self.assertEqual([row["error"] for row in rows], [None] * 16)
+                pauses = [line for line in self.logged if "all workers pause" in line]
+                self.assertTrue(0 < len(pauses) == len(self.logged))
+
+    def test_a_request_gives_up_after_its_timeout_of_pauses(self):
+        for headers, sent in (
+            ({"Retry-After": "31"}, 1),
+            ({"Retry-After": "0.02"}, None),
+        ):
+            server = self.serve(answer("busy", status=503, headers=headers))
+            timeout = 30 if sent else 0.1
+            (row,) = server.client(timeout=timeout).batch(["a"])
+            with self.subTest(headers):
+                self.assertEqual(row["error"]["code"], "rate_limit")
+                self.assertEqual(row["response"]["status_code"], 503)
+                self.assertTrue(
+                    len(server.requests) == sent or len(server.requests) > 3
+                )
+        server = self.serve(answer("", status=429, headers={"Retry-After": "25"}))
+        (row,) = server.client(deadline=20).batch(["a"])
+        self.assertEqual(
+            (row["error"]["code"], len(server.requests)), ("rate_limit", 1)
+        )
 
     def test_a_refused_token_ends_the_batch_and_loses_no_row(self):
         full, refused = threading.Semaphore(0), threading.Event()
 
         def refuse(request):
-            if request.json["messages"][0]["content"] != "1":
+            if last_text(request) != "1":
                 full.release()
-                refused.wait(30)
-                return echo_custom(request)
+                refused.wait(60)
+                return echo(request)
             for _ in range(3):
-                full.acquire(timeout=30)
+                full.acquire(timeout=60)
             refused.set()
             return answer('{"detail": "no"}', status=401)
 
         server, rows = self.serve(refuse), []
-        source = map(str, itertools.count())
-        with self.assertRaises(nemotron.AuthenticationError) as caught:
-            for row in server.client().batch(source, jobs=4):
+        with self.assertRaises(nemotron.AuthenticationError):
+            for row in server.client().batch(map(str, itertools.count()), jobs=4):
                 rows.append(row)
-        self.assertEqual(caught.exception.status_code, 401)
         self.assertEqual(len(rows), len(server.requests))
-        self.assertEqual([row["error"]["code"] for row in rows if row["error"]],
-                         ["authentication"])
+        codes = [row["error"]["code"] for row in rows if row["error"]]
+        self.assertEqual(codes, ["authentication"])
 
-    def test_a_blocked_source_does_not_hold_up_the_end(self):
+    def test_a_silent_source_does_not_hold_up_the_end(self):
         never = threading.Event()
         self.addCleanup(never.set)
 
@@ -1534,631 +1615,665 @@ class BatchTests(Case):
             list(server.client().batch(source(), jobs=3))
         self.assertFalse(never.is_set())
 
-    def test_jobs_and_token_are_checked_at_once(self):
+    def test_arguments_are_checked_at_once(self):
+        client = self.serve(reply()).client()
         for jobs in (0, 201, 1.0, True, "8"):
-            with self.subTest(jobs):
-                self.refused(nemotron.Client(token="x").batch, ["a"], jobs=jobs)
-        with self.assertRaises(nemotron.AuthenticationError):
-            nemotron.batch(["a"])
-        self.assertEqual(list(self.serve(reply()).client().batch([], jobs=200)), [])
+            self.refused(client.batch, ["a"], jobs=jobs)
+        self.refused(client.batch, ["a"], top_p=0)
+        self.refused(client.batch, ["a"], temprature=1)
+        self.assertEqual(list(client.batch([], jobs=200)), [])
 
-    @quiet
-    def test_six_retries(self):
-        server = self.serve(answer("busy", status=500))
+    def test_output_is_a_checkpoint(self):
+        server = self.serve(echo)
+        named = [{"custom_id": str(i), "prompt": "same"} for i in range(4)]
+        requests = ["same", *named, "same", "other"]
+
+        def run(requests, **params):
+            server.requests.clear()
+            before = len(self.rows()) if os.path.exists(self.output) else 0
+            rows = list(server.client().batch(requests, output=self.output, **params))
+            self.assertEqual(len(self.rows()) - before, len(rows))
+            return sorted(row["custom_id"] for row in rows), len(server.requests)
+
+        self.assertEqual(run(requests)[1], 7)
+        self.assertEqual(run(requests), ([], 0))
+        self.assertEqual(run(reversed(requests)), ([], 0))
+        self.assertEqual(run(["new", *requests]), (["line-1"], 1))
+        self.assertEqual(run([*requests, "same"]), (["line-8"], 1))
+        self.assertEqual(
+            run([*requests, {"custom_id": "4", "prompt": "same"}]), (["4"], 1)
+        )
+        self.assertEqual(run([{"custom_id": "1", "prompt": "edited"}]), (["1"], 1))
+        self.assertEqual(run(requests, temperature=0.5)[1], 7)
+        self.assertEqual(run(requests, system="s")[1], 7)
+        self.assertEqual(run(requests, model="z")[1], 7)
+        self.assertEqual(run(requests, model="z"), ([], 0))
+
+    def test_error_rows_are_sent_again(self):
+        sick = {"b", "c"}
+        bad = answer("no", status=400)
+        server = self.serve(lambda r: bad if last_text(r) in sick else echo(r))
         client = server.client()
-        batch = nemotron.Batch(client, [(1, "a")], 1, {})
-        batch._wait = lambda seconds, failure=None: None
-        row, = batch.rows()
-        self.assertEqual((row["error"]["code"], len(server.requests)), ("api_status", 7))
-        self.assertEqual(row["response"]["status_code"], 500)
+        self.assertEqual(len(list(client.batch("abcd", output=self.output))), 4)
+        sick.clear()
+        names = {row["custom_id"] for row in client.batch("abcd", output=self.output)}
+        self.assertEqual(names, {"line-2", "line-3"})
+        self.assertEqual(len(self.rows()), 6)
+
+    def test_the_end_of_the_output(self):
+        client = self.serve(echo).client()
+        list(client.batch("a", output=self.output))
+        row = pathlib.Path(self.output).read_bytes()
+        for tail, sent in (
+            (b"{", 1),
+            (row[:25], 1),
+            (row[:-2], 1),
+            (row[:-1], 0),
+            (row, 0),
+        ):
+            pathlib.Path(self.output).write_bytes(tail)
+            with self.subTest(tail):
+                self.assertEqual(len(list(client.batch("a", output=self.output))), sent)
+                self.assertEqual([r["custom_id"] for r in self.rows()], ["line-1"])
+
+    def test_what_is_not_a_checkpoint_is_refused_untouched(self):
+        server = self.serve(reply())
+        for text in (
+            b"hello",
+            b"hello\n",
+            b'{"prompt": "x"}\n',
+            b'{"a": 1}',
+            b"\n",
+            b'{"id": "other',
+            b'{"id": "batch_req_1", "mine": 1}',
+        ):
+            pathlib.Path(self.output).write_bytes(text)
+            with self.subTest(text):
+                message = self.refused(server.client().batch, "a", output=self.output)
+                self.assertIn("line 1 is not a row", message)
+                self.assertEqual(pathlib.Path(self.output).read_bytes(), text)
+        os.unlink(self.output)
+        with open(self.output, "a+b") as source:
+            self.refused(server.client().batch, source, output=self.output)
+        for path in (self.folder, self.folder / "no" / "rows", "/dev/null"):
+            self.refused(server.client().batch, "a", output=str(path))
+        self.assertEqual(server.requests, [])
+
+    @unittest.skipUnless(POSIX, "locks")
+    def test_two_batches_on_one_output(self):
+        client = self.serve(echo).client()
+        first = client.batch("ab", output=self.output, jobs=1)
+        next(first)
+        message = self.refused(client.batch, "ab", output=self.output)
+        self.assertIn("another run is writing to it", message)
+        self.assertEqual(len(list(first)), 1)
+        self.assertEqual(list(client.batch("ab", output=self.output)), [])
 
 
+@unittest.skipUnless(POSIX, "signals, limits")
 class BatchProgramTests(Case):
     def setUp(self):
         super().setUp()
-        self.rows = self.folder / "rows.jsonl"
-        self.requests = self.folder / "requests.jsonl"
+        self.output, self.input = self.folder / "rows.jsonl", self.folder / "input"
 
-    def write(self, *requests):
-        lines = [r if isinstance(r, bytes) else json.dumps(r).encode() for r in requests]
-        self.requests.write_bytes(b"\n".join(lines) + b"\n")
+    def rows(self):
+        return [json.loads(line) for line in self.output.read_bytes().splitlines()]
 
-    def run_batch(self, server, *args, **kwargs):
-        kwargs.setdefault("env", {"DEEPINFRA_TOKEN": TOKEN})
-        return program("--batch", self.requests, "--base-url", server.url, *args, **kwargs)
+    def command(self, server, *args):
+        command = [sys.executable, HERE / "nemotron.py", "--batch", self.input]
+        return [*command, "--base-url", server.url, *map(str, args)]
 
-    def read(self):
-        return [json.loads(line) for line in self.rows.read_bytes().splitlines()]
+    def run_batch(self, server, *args, limit="", **kwargs):
+        shell = f'{limit or ":"}; exec "$@"'
+        done = subprocess.run(
+            ["sh", "-c", shell, "sh", *self.command(server, *args)],
+            env=environment(DEEPINFRA_TOKEN=TOKEN),
+            capture_output=True,
+            timeout=120,
+            **kwargs,
+        )
+        return done.returncode, done.stdout.decode(), done.stderr.decode()
 
     def test_lines(self):
-        server = self.serve(echo_custom)
-        self.write(b"\xef\xbb\xbf" + b'"one"', b"", b"{oops", b"[1]", b'"\xff"', b"  ",
-                   {"prompt": "two", "temperature": 1}, b'{"custom_id": "x"}\r',
-                   {"custom_id": "x", "prompt": "three"}, b'{"prompt": "n", "y": NaN}')
-        status, out, err = self.run_batch(server, "-s", "S", "-m", "M", "--temperature",
-                                          "0.5", "-o", "z", "5", "-j", "1")
+        lines = [
+            "\ufeffplain {x}",
+            "",
+            '"one"',
+            "{oops",
+            "[1]",
+            "  ",
+            '{"prompt": "two"}\r',
+        ]
+        lines += [
+            '{"custom_id": "x", "prompt": "three", "seed": 5}',
+            '{"custom_id": "x"}',
+        ]
+        self.input.write_bytes("\n".join(lines).encode() + b'\n"\xff"')
+        server = self.serve(echo)
+        args = ["-s", "S", "-m", "M", "--seed", "7", "-o", "z", "[1]", "-j", "1"]
+        status, out, err = self.run_batch(server, *args, "A", "{},", "{}!")
         self.assertEqual(status, 1)
-        rows = {}
-        for line in out.splitlines():
-            row = json.loads(line)
-            rows.setdefault(row["custom_id"], []).append((row["error"] or {}).get("code"))
-        bad = ["invalid_request"]
-        self.assertEqual(rows, {"line-1": [None], "line-3": bad, "line-4": bad,
-                                "line-5": bad, "line-7": [None], "x": [
-                                    "invalid_request", "duplicate_custom_id"],
-                                "line-10": bad})
-        one, two = (request.json for request in server.requests)
-        self.assertEqual(one, {
-            "model": "M", "temperature": 0.5, "z": 5, "messages": [
-                {"role": "system", "content": "S"}, {"role": "user", "content": "one"}]})
-        self.assertEqual(two["temperature"], 1)
-        self.assertRegex(err, r"^nemotron: 8 done, 6 failed, .*\$0\.5, \d+\.\d s\n$")
+        rows = [json.loads(line) for line in out.splitlines()]
+        self.assertEqual(
+            [(row["custom_id"], (row["error"] or {}).get("code")) for row in rows],
+            [
+                ("line-1", None),
+                ("line-3", None),
+                ("line-4", "invalid_request"),
+                ("line-5", "invalid_request"),
+                ("line-7", None),
+                ("x", None),
+                ("x", "duplicate_custom_id"),
+                ("line-10", "invalid_request"),
+            ],
+        )
+        sent = [
+            (last_text(request), request.json["seed"]) for request in server.requests
+        ]
+        texts = [
+            ("A plain {x}, plain {x}!", 7),
+            ("A one, one!", 7),
+            ("two", 7),
+            ("three", 5),
+        ]
+        self.assertEqual(sent, texts)
+        body = server.requests[0].json
+        self.assertEqual((body["model"], body["z"]), ("M", [1]))
+        self.assertEqual(body["messages"][0], {"role": "system", "content": "S"})
+        first, last = err.splitlines()
+        self.assertIn("first failure, line-4: not a request", first)
+        counts = "8 done, 4 failed (3 invalid_request, 1 duplicate_custom_id)"
+        self.assertIn(counts, last)
+        self.input.write_text("text\n")
+        self.run_batch(server, "Translate this:")
+        self.assertEqual(last_text(server.requests[-1]), "Translate this:\n\ntext")
 
-    def test_standard_input_and_dry_run(self):
-        server = self.serve(echo_custom)
+    def test_what_dry_run_prints_is_a_request(self):
+        server, lines = self.serve(echo), ""
         for word in ("a", "b"):
-            status, out, _ = program("--dry-run", "-n", "--seed", "5", word)
-            self.assertEqual((status, json.loads(out)["stream"]), (0, True))
-            with self.requests.open("a") as file:
-                file.write(out)
-        status, out, err = program("--batch", "-", "--base-url", server.url,
-                                   stdin=self.requests.read_bytes())
-        self.assertEqual(status, 0, err)
-        self.assertEqual({json.loads(line)["response"]["body"]["choices"][0]["message"][
-            "content"] for line in out.splitlines()}, {"a", "b"})
-        self.assertNotIn("stream", server.requests[0].json)
+            lines += program("--dry-run", "-n", "-u", "--seed", "5", word)[1]
+        self.assertEqual(lines.count('"stream": true, "seed": 5, "stream_options"'), 2)
+        args = ["--batch", "-", "--base-url", server.url, "-o", "stream_options", "{}"]
+        status, out, err = program(*args, stdin=lines.encode())
+        self.assertEqual((status, len(out.splitlines())), (0, 2), err)
+        self.assertEqual(set(server.requests[0].json), {"model", "messages", "seed"})
 
-    def test_checkpoint(self):
-        self.write(*({"custom_id": str(i), "prompt": str(i)} for i in range(6)))
-        sick = {"2", "4"}
-        server = self.serve(lambda request: (
-            answer("no", status=400) if request.json["messages"][0]["content"] in sick
-            else echo_custom(request)))
-        status, out, err = self.run_batch(server, "--output", self.rows)
-        self.assertEqual((status, out), (1, ""))
-        self.assertEqual(len(self.read()), 6)
-        sick.clear()
-        whole = self.rows.read_bytes()
-        self.rows.write_bytes(whole + whole.splitlines()[0][:-20])  # torn
-        server.requests.clear()
-        status, _, err = self.run_batch(server, "--output", self.rows)
-        self.assertEqual(status, 0, err)
-        self.assertIn("4 of them before", err)
-        self.assertEqual({r.json["messages"][0]["content"] for r in server.requests},
-                         {"2", "4"})
-        self.assertTrue(self.rows.read_bytes().startswith(whole))
-        answered = sorted(row["custom_id"] for row in self.read() if not row["error"])
-        self.assertEqual(answered, list("012345"))
-        server.requests.clear()
-        self.assertEqual(self.run_batch(server, "--output", self.rows)[0], 0)
-        self.assertEqual(server.requests, [])
-
-    def test_torn_ends(self):
-        self.write({"custom_id": "a", "prompt": "x"})
-        row = nemotron.to_json({"id": "batch_req_1", "custom_id": "a", "response": {
-            "status_code": 200, "request_id": None, "body": completion()}, "error": None})
-        for tail, sent in ((b"{", 1), (b'{"id": "batch_req_1', 1), (row[:-1], 1), (row, 0)):
-            server = self.serve(echo_custom)
-            self.rows.write_bytes(tail)
-            with self.subTest(tail):
-                self.assertEqual(self.run_batch(server, "--output", self.rows)[0], 0)
-                self.assertEqual(len(server.requests), sent)
-                self.assertEqual([r["custom_id"] for r in self.read()], ["a"])
-
-    def test_a_file_of_something_else_is_refused_untouched(self):
-        self.write("x")
-        server = self.serve(reply())
-        for text in (b"hello", b"hello\n", b'{"prompt": "x"}\n', b'{"a": 1}', b"\n", b"[]\n",
-                     b'{"id": "other', b'{"id": "batch_req_1", "mine": 1}',
-                     self.requests.read_bytes()):
-            self.rows.write_bytes(text)
-            with self.subTest(text):
-                status, _, err = self.run_batch(server, "--output", self.rows)
-                self.assertEqual(status, 2)
-                self.assertRegex(err, r"^nemotron: .*rows\.jsonl: line 1 is no row\n$")
-                self.assertEqual(self.rows.read_bytes(), text)
-        for path in (self.folder, "/dev/null", "/dev/stdout"):
-            self.assertEqual(self.run_batch(server, "--output", path)[0], 2)
-        self.assertEqual(server.requests, [])
-
-    def test_a_duplicate_stays_an_error_when_resumed(self):
-        self.write({"custom_id": "a", "prompt": "x"}, {"custom_id": "a", "prompt": "y"})
-        server = self.serve(echo_custom)
-        for _ in range(2):
-            self.assertEqual(self.run_batch(server, "--output", self.rows)[0], 1)
-        self.assertEqual(len(server.requests), 1)
-        codes = sorted((row["error"] or {}).get("code", "") for row in self.read())
-        self.assertEqual(codes, ["", "duplicate_custom_id", "duplicate_custom_id"])
-
-    @unittest.skipUnless(POSIX, "kill -9")
     def test_kill_9_again_and_again(self):
-        count, sent = 60, collections.Counter()
-        lock, steps = threading.Lock(), threading.Semaphore(0)
-        self.write(*({"custom_id": str(i), "prompt": str(i)} for i in range(count)))
+        names = [str(i) for i in range(60)]
+        requests = [{"custom_id": name, "prompt": name} for name in names[:30]]
+        self.input.write_text(
+            "\n".join([*map(json.dumps, requests), *names[30:], "59"])
+        )
+        sent, steps = collections.Counter(), threading.Semaphore(0)
 
         def counted(request):
-            with lock:
-                sent[request.json["messages"][0]["content"]] += 1
+            sent[last_text(request)] += 1
             steps.release()
-            return echo_custom(request)
+            return echo(request)
 
-        server = self.serve(counted)
-        args = [sys.executable, HERE / "nemotron.py", "--batch", self.requests, "-j", "4",
-                "--output", self.rows, "--base-url", server.url]
+        server, known = self.serve(counted), {}
         for _ in range(4):
-            process = subprocess.Popen(args, env=environment(), stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(
+                self.command(server, "-j", "4", "--output", self.output),
+                env=environment(),
+                stderr=subprocess.DEVNULL,
+            )
             for _ in range(10):
-                steps.acquire(timeout=30)
-            before = self.rows.read_bytes()
+                steps.acquire(timeout=60)
+            written = self.output.read_bytes().splitlines(True)[:-1]
             process.kill()
             process.wait()
-            answered = {row["custom_id"] for row in map(
-                read_row, before.splitlines(keepends=True)) if row}
-            with lock:
-                known = {name: sent[name] for name in answered}
-        self.assertEqual(self.run_batch(server, "--output", self.rows)[0], 0)
-        names = [row["custom_id"] for row in self.read()]
-        self.assertEqual(sorted(names, key=int), [str(i) for i in range(count)])
-        self.assertEqual({name: sent[name] for name in known}, known)  # not sent again
+            answered = {json.loads(row)["custom_id"] for row in written}
+            known = {name: sent[name] for name in answered}
+        self.assertEqual(self.run_batch(server, "--output", self.output)[0], 0)
+        texts = [row["request"]["messages"][0]["content"] for row in self.rows()]
+        self.assertEqual(sorted(texts, key=int), [*names, "59"])
+        self.assertEqual({name: sent[name] for name in known}, known)
 
-    @unittest.skipUnless(POSIX, "flock")
-    def test_two_runs_on_one_file(self):
-        self.write("x")
-        go = threading.Event()
-        self.addCleanup(go.set)
-        server = self.serve(lambda request: (go.wait(30), reply())[1])
-        first = subprocess.Popen(
-            [sys.executable, HERE / "nemotron.py", "--batch", self.requests, "--output",
-             self.rows, "--base-url", server.url], env=environment(),
-            stderr=subprocess.PIPE)
-        while not server.requests:
-            time.sleep(0.01)
-        status, _, err = self.run_batch(server, "--output", self.rows)
-        self.assertEqual(status, 2)
-        self.assertIn("another run is writing to it", err)
-        go.set()
-        first.communicate()
-        self.assertEqual((first.returncode, len(self.read())), (0, 1))
+    def test_a_full_disk_and_space_again(self):
+        self.input.write_text("\n".join(map(str, range(40))))
+        server = self.serve(echo)
+        limit = "trap '' XFSZ; ulimit -f 8"  # blocks of 512 or 1024 bytes
+        status, _, err = self.run_batch(server, "--output", self.output, limit=limit)
+        self.assertEqual(status, 1)
+        self.assertIn("rows.jsonl: File too large", err)
+        self.assertEqual(self.run_batch(server, "--output", self.output)[0], 0)
+        texts = [row["request"]["messages"][0]["content"] for row in self.rows()]
+        self.assertEqual(sorted(texts, key=int), [str(i) for i in range(40)])
+
+    def test_few_files(self):
+        self.input.write_text("\n".join(map(str, range(100))))
+        args = ["--output", self.output, "-j", "60"]
+        status, _, err = self.run_batch(self.serve(echo), *args, limit="ulimit -n 16")
+        self.assertEqual(status, 0, err)
+        self.assertEqual(len(self.rows()), 100)
 
     def test_max_cost(self):
-        self.write(*"abcdefgh")
-        server = self.serve(echo_custom)
-        status, out, err = self.run_batch(server, "--max-cost", "0.75", "-j", "1",
-                                          "--output", self.rows)
+        self.input.write_text("\n".join("abcdefgh"))
+        server = self.serve(echo)
+        limit = ["--output", self.output, "-j", "1", "--max-cost"]
+        status, _, err = self.run_batch(server, *limit, "0.75")
         self.assertEqual((status, len(server.requests)), (3, 3))
         self.assertIn("3 done", err)
         self.assertIn("stopped by --max-cost", err)
-        status, _, err = self.run_batch(server, "--output", self.rows, "--max-cost", "1.25")
-        self.assertEqual(status, 0, err)  # the last one reached it, and none is left
-        free = self.serve(answer(json.dumps({"choices": [{"message": {}}]})))
-        status, _, err = self.run_batch(free, "--max-cost", "0.1")
-        self.assertEqual((status, len(free.requests)), (0, 8))
-        self.assertIn("8 replies without a cost", err)
+        status, _, err = self.run_batch(server, *limit, "1.25")
+        self.assertEqual(status, 0, err)  # the last one reaches it, and none is left
+        for usage in ({}, {"cost": -1}):
+            server = self.serve(reply(usage=usage))
+            status, _, err = self.run_batch(server, "-j", "1", "--max-cost", "9")
+            self.assertEqual((status, len(server.requests)), (3, 1))
+            self.assertIn("a reply names no cost", err)
 
     def test_statuses(self):
-        self.write("a", "b")
-        cut = self.serve(reply("x", "length"))
-        status, _, err = self.run_batch(cut, "--output", self.rows)
+        self.input.write_text("a\nb\n")
+        status, _, err = self.run_batch(self.serve(reply("x", "length")))
         self.assertEqual(status, 3)
-        self.assertIn("2 cut short", err)
-        self.assertEqual(self.run_batch(cut, "--output", self.rows)[0], 3)
-        self.assertEqual(len(cut.requests), 2)
-        no = self.serve(answer("no", status=402))
-        status, out, err = self.run_batch(no)
-        self.assertEqual(status, 4)
-        self.assertIn("HTTP 402", err)
-        self.assertEqual(len(err.splitlines()), 2)  # the summary, and why
-        for args in (["--jobs", "0"], ["--jobs", "x"], ["--max-cost", "-1"], ["word"],
-                     ["--temperature", "3"], ["-c", "x"], ["-i"], ["--dry-run"]):
+        self.assertIn("2 not complete", err)
+        status, out, err = self.run_batch(
+            self.serve(answer("no", status=402)), "-j", "1"
+        )
+        self.assertEqual((status, len(out.splitlines())), (4, 1))
+        self.input.write_text("x\n" * 100)
+        dead = self.serve(answer("no", status=404))
+        status, out, err = self.run_batch(dead, "-j", "1")
+        self.assertEqual((status, len(dead.requests)), (1, 20))
+        self.assertIn("20 failed (20 api_status)", err)
+        self.assertIn("stopped by 20 failures in a row", err)
+        for args in (["-j", "0"], ["--max-cost", "-1"], ["--temperature", "3"], ["-c", "x"],
+                     ["-i"], ["--dry-run"], ["--output", self.input]):  # fmt: skip
             with self.subTest(args):
-                self.assertEqual(self.run_batch(cut, *args)[0], 2)
-        self.assertEqual(program("--batch", self.folder / "none")[0], 4)  # no token
-        status, _, err = program("--batch", self.folder / "none",
-                                 env={"DEEPINFRA_TOKEN": "x"})
-        self.assertEqual((status, "No such file" in err), (2, True))
-        self.assertEqual(program("-n", "x", "--output", self.rows)[0], 2)
+                self.assertEqual(self.run_batch(dead, *args)[0], 2)
+        self.assertEqual(len(dead.requests), 20)
 
-    @unittest.skipUnless(POSIX, "signals")
-    def test_ctrl_c_keeps_the_finished_rows(self):
-        for source in ("file", "-"):
-            gate = threading.Event()
-            self.addCleanup(gate.set)
-            self.write(*"abcdef")
-            self.rows.unlink(missing_ok=True)
+    def test_ctrl_c_writes_the_complete_rows(self):
+        self.input.write_text("\n".join("abcdef"))
+        gate = threading.Event()
+        self.addCleanup(gate.set)
 
-            def some(request, gate=gate):
-                if request.json["messages"][0]["content"] > "c":
-                    gate.wait(30)
-                return echo_custom(request)
+        def some(request):
+            if last_text(request) > "c":
+                gate.wait(60)
+            return echo(request)
 
-            server = self.serve(some)
-            process = subprocess.Popen(
-                [sys.executable, HERE / "nemotron.py", "--batch", source if source == "-"
-                 else self.requests, "--output", self.rows, "--base-url", server.url],
-                env=environment(), stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-            process.stdin.write(self.requests.read_bytes())
-            process.stdin.flush()
-            with self.subTest(source):
-                while len(server.requests) < 6 or len(self.rows.read_bytes().splitlines()) < 3:
-                    time.sleep(0.01)
-                process.send_signal(signal.SIGINT)
-                err = process.stderr.read().decode()
-                self.assertEqual(process.wait(30), 130)
-                self.assertEqual({row["custom_id"] for row in self.read()},
-                                 {"line-1", "line-2", "line-3"})
-                self.assertRegex(err, r"^nemotron: 3 done, 0 failed.*\n$")
-                self.assertFalse(gate.is_set())
-            process.stdin.close()
-            process.stderr.close()
-
-    @unittest.skipUnless(POSIX, "pipes")
-    def test_head(self):
-        self.write(*map(str, range(200)))
-        server = self.serve(echo_custom)
+        server = self.serve(some)
         process = subprocess.Popen(
-            [sys.executable, HERE / "nemotron.py", "--batch", self.requests, "--base-url",
-             server.url], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.command(server), env=environment(), stdout=-1, stderr=-1
+        )
+        rows = [json.loads(process.stdout.readline()) for _ in range(3)]
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, out), (130, b""))
+        self.assertEqual({r["custom_id"] for r in rows}, {"line-1", "line-2", "line-3"})
+        self.assertRegex(err, rb"^nemotron: [23] done, 0 failed[^\n]*\n$")
+
+    def test_head(self):
+        self.input.write_text("\n".join(map(str, range(300))))
+        server = self.serve(echo)
+        process = subprocess.Popen(
+            self.command(server), env=environment(), stdout=-1, stderr=-1
+        )
         process.stdout.readline()
         process.stdout.close()
-        err = process.stderr.read().decode()
+        err = process.stderr.read()
         process.stderr.close()
-        self.assertEqual(process.wait(30), 141)
-        self.assertRegex(err, r"^nemotron: \d+ done, .*\n$")
-        self.assertLess(len(server.requests), 200)
+        self.assertEqual(process.wait(60), 141)
+        self.assertRegex(err, rb"^nemotron: \d+ done, [^\n]*\n$")
+        self.assertLess(len(server.requests), 300)
 
 
-def read_row(line):
-    return json.loads(line) if line.endswith(b"\n") else None
+# ---------------------------------------------------------------------- Command line
 
 
-# ------------------------------------------------------------------------ Command line
-
-
-class ProgramTests(Case):
+class MainCase(Case):
     def setUp(self):
         super().setUp()
-        self.server = self.serve(echo_custom)
-        self.setenv(DEEPINFRA_BASE_URL=self.server.url)
+        self.server = self.serve(echo)
         self.env = {"DEEPINFRA_BASE_URL": self.server.url}
 
-    def sent(self, *args, stdin=""):
-        """The body that main() sends, as --dry-run prints it."""
-        status, out, err = main("--dry-run", *args, stdin=stdin)
-        self.assertEqual((status, err), (0, ""))
-        return json.loads(out)
+    def run_main(self, *args, url=None):
+        """Call main() without standard input; return its status and what it wrote."""
+        files = [io.TextIOWrapper(io.BytesIO()) for _ in range(2)]
+        base_url = {"DEEPINFRA_BASE_URL": url or self.server.url}
+        with (
+            mock.patch.dict(os.environ, base_url),
+            mock.patch.multiple(sys, stdout=files[0], stderr=files[1]),
+        ):
+            status = nemotron.main(["-n", *map(str, args)])
+        return (status, *(file.buffer.getvalue().decode() for file in files))
 
-    def prompt(self, *args, stdin=""):
-        return self.sent(*args, stdin=stdin)["messages"][-1]["content"]
 
+class ProgramTests(MainCase):
     def test_prompt(self):
         for args, stdin, expected in (
-                (["a", "b"], "", "a b"), (["a"], "text\n\n", "a\n\ntext"),
-                ([], "\ufefftext\r\n", "text"), (["-", "b"], "text", "text\n\nb"),
-                (["a", "-", "b", "c"], "text", "a\n\ntext\n\nb c"),
-                (["-n", "a", "-"], "text", "a -"), (["a", "-s", "x", "b"], "", "a b"),
-                (["--", "-x", "y"], "", "-x y"), (["- a list", "b"], "", "- a list b"),
-                ([], " in\nside \n", " in\nside "), (["-"], "text", "text")):
+            (["a", "b"], "", "a b"),
+            (["a"], "text\n\n", "a\n\ntext"),
+            ([], "\ufefftext\r\n", "text"),
+            (["a", "-", "b", "c"], "text", "a\n\ntext\n\nb c"),
+            (["-n", "a", "-"], "text", "a -"),
+            (["--", "-x", "\u20ac"], "", "-x \u20ac"),
+        ):
             with self.subTest(args, stdin=stdin):
-                if stdin.startswith("\ufeff"):
-                    status, out, _ = program("--dry-run", *args, stdin=stdin.encode())
-                    got = json.loads(out)["messages"][-1]["content"]
-                else:
-                    got = self.prompt(*args, stdin=stdin)
-                self.assertEqual(got, expected)
+                env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+                status, out, _ = program(
+                    "--offline", *args, stdin=stdin.encode(), env=env
+                )
+                self.assertEqual((status, out), (0, expected + "\n"))
 
-    def test_options_of_the_table(self):
+    def test_options(self):
         values = {"tool_choice": "auto", "user": "me", "stop": ["a", "b"]}
         args, expected = [], {}
-        for row in nemotron.PARAMETERS:
-            if row.name in ("n", "tools", "response_format"):
-                continue
-            value = values.get(row.name, 0.5 if row.kind == "a number" else 1)
-            for one in value if isinstance(value, list) else [value]:
-                args += ["--" + row.name.replace("_", "-"), one]
-            expected[row.name] = value
-        body = self.sent(*args, "x")
-        for name, value in expected.items():
-            self.assertEqual(body[name], value, name)
-        helped = main("-h")[1]
-        flags = re.findall(r"^  --([a-z-]+) (?:X|TEXT)", helped, re.M)
-        self.assertEqual([f.replace("-", "_") for f in flags], list(expected))
-        for name in ("--n", "--tools", "--temp", "--max"):
-            self.assertEqual(main(name, "1", "x")[0], 2, name)
-
-    def test_option_key_value(self):
-        body = self.sent("-o", "logprobs", "true", "-o", "x", "te xt", "-o", "n", "2",
-                         "-o", "response_format", '{"type": "json_object"}',
-                         "-o", "temperature", "0.5", "-o", "y", '{"a": [1]}', "x")
-        self.assertEqual({k: body[k] for k in ("logprobs", "x", "n", "temperature", "y")}, {
-            "logprobs": True, "x": "te xt", "n": 2, "temperature": 0.5, "y": {"a": [1]}})
-        self.assertEqual(self.sent("-o", "y", "NaN", "x")["y"], "NaN")
-        for bad in (["n", "9"], ["tools", "x"], ["messages", "[]"], ["model", "x"],
-                    ["stream", "true"], ["temperature", "hot"]):
-            with self.subTest(bad):
-                status, out, err = main("-n", "-o", *bad, "x")
-                self.assertEqual((status, out), (2, ""))
-                self.assertRegex(err, r"^nemotron: [^\n]+\n$")
-        self.assertEqual(main("-n", "-o", "n", "2", "x")[0], 2)
-        self.assertEqual(main("-n", "-o", "n", "2", "--json", "x")[0], 0)
+        for name, kind, *_ in nemotron.PARAMETERS:
+            if name not in ("n", "tools", "response_format"):
+                value = values.get(name, 0.5 if kind == "a number" else 1)
+                for one in value if isinstance(value, list) else [value]:
+                    args += ["--" + name.replace("_", "-"), one]
+                expected[name] = value
+        file = self.folder / "tools.json"
+        file.write_text('[{"type": "function"}]')
+        more = ["-s", "S", "-m", "M", "-o", "n", "2", "-o", "x", "text", "-o", "tools"]
+        status, out, _ = self.run_main("--dry-run", *args, *more, f"@{file}", "hello")
+        messages = [
+            {"role": "system", "content": "S"},
+            {"role": "user", "content": "hello"},
+        ]
+        expected.update(n=2, x="text", tools=[{"type": "function"}], stream=True)
+        self.assertEqual(
+            json.loads(out), {"model": "M", "messages": messages, **expected}
+        )
+        self.assertEqual((status, self.server.requests), (0, []))
 
     def test_usage_errors_send_nothing(self):
-        for args in (["--temperature", "3", "x"], ["--top-k", "1.5", "x"], ["--nonsense"],
-                     ["--seed", "-1", "x"], ["--timeout", "0", "x"], ["--retries", "x", "x"],
-                     ["--deadline", "soon", "x"], ["--top-p", "null", "x"], ["--base-url", "ftp://x", "x"], [],
-                     ["-i", "--dry-run"], ["-j", "5", "x", "--max-cost", "5"], ["-s"]):
+        for args in (
+            ["--temperature", "3", "x"],
+            ["--seed", "x", "x"],
+            ["--temp", "1", "x"],
+            ["--nonsense", "x"],
+            ["-o", "messages", "[]", "x"],
+            ["-o", "n", "2", "x"],
+            ["-o", "tools", "@/no/such/file", "x"],
+            ["--timeout", "0", "x"],
+            ["--base-url", "http://example.com", "x"],
+            ["--max-cost", "1", "x"],
+            ["--output", "f", "x"],
+            ["-i", "--dry-run"],
+            ["--batch", "/no/such/file"],
+            ["-c", self.folder, "x"],
+            ["-c", "/no/such/folder/file", "x"],
+            [],
+        ):
             with self.subTest(args):
-                status, out, err = main(*args)
+                status, out, err = self.run_main(*args)
                 self.assertEqual((status, out), (2, ""))
-                self.assertRegex(err, r"^nemotron: [^\n]{1,289}\n$")
+                self.assertRegex(err, r"\Anemotron: [^\n]{1,289}\n\Z")
         self.assertEqual(self.server.requests, [])
 
     def test_reply(self):
-        for text, shown in (("  \n hi", "hi\n"), ("hi\n\n\n", "hi\n"), ("", "\n"),
-                            ("a\n\n b\n", "a\n\n b\n"), ("a\r\n\r\n", "a\n"), ("\x1b[2J\r\t\u20ac", "\x1b[2J\r\t\u20ac\n"),
-                            ("half \ud83d", "half \ufffd\n"), ("\ude00 half", "\ufffd half\n")):
-            chunks = [delta(c) for c in text] + [END]
-            for args, what in (([], sse(*chunks)), (["--no-stream"], reply(text))):
-                server = self.serve(what)
-                for call in (main, program):
-                    with self.subTest(text, args=args, call=call.__name__):
-                        self.assertEqual(call("--base-url", server.url, "-n", *args, "x"),
-                                         (0, shown, ""))
-        pair = self.serve(sse(delta("\ud83d"), delta("\ude00"), END))
-        status, out, _ = program("-n", "x", "--base-url", pair.url,
-                                 env={"LC_ALL": "C", "PYTHONIOENCODING": "ascii"})
-        self.assertEqual((status, out), (0, "\U0001f600\n"))
+        for text, shown in (
+            ("  \n hi\n\n", "hi\n"),
+            ("a\n\n\nb", "a\n\n\nb\n"),
+            ("", "\n"),
+            ("\x1b[2J\u20ac\ud83d", "\x1b[2J\u20ac?\n"),
+        ):
+            for args in ([], ["--no-stream"]):
+                pieces = [delta(piece) for piece in text]
+                what = reply(text) if args else sse(*pieces, END)
+                with self.subTest(text, args=args):
+                    seen = self.run_main("x", *args, url=self.serve(what).url)
+                    self.assertEqual(seen, (0, shown, ""))
 
     def test_json_and_usage(self):
-        status, out, err = main("--json", "-u", "-n", "a", "b")
-        self.assertEqual((status, json.loads(out)), (0, completion("a b")))
-        self.assertEqual(out.count("\n"), 1)
-        self.assertRegex(err, r"^nemotron: 3 \+ 2 tokens, \$0\.25, \d+\.\d s, model m\n$")
-        _, _, err = main("-u", "-n", "-m", "m", "a")
-        self.assertRegex(err, r"^nemotron: 3 \+ 2 tokens, \$0\.25, \d+\.\d s\n$")
-        none = self.serve(sse(delta("a", "stop")))
-        _, _, err = main("-u", "-n", "a", "--base-url", none.url, "-m", "m")
-        self.assertRegex(err, r"^nemotron: \? \+ \? tokens, cost unknown, ")
+        status, out, err = self.run_main("--json", "-u", "-m", "asked", "x")
+        self.assertEqual((status, json.loads(out)), (0, completion("x")))
+        self.assertRegex(
+            err, r"^nemotron: 3 \+ 2 tokens, \$0\.25, \d+\.\d s, model m\n$"
+        )
+        self.run_main("-u", "x")
+        asked = self.server.requests[-1].json["stream_options"]
+        self.assertEqual(asked, {"include_usage": True})
+        calls = completion(None, "tool_calls")
+        calls["choices"][0]["message"]["tool_calls"] = [CALL]
+        url = self.serve(answer(json.dumps(calls))).url
+        self.assertIn("--json shows", self.run_main("--no-stream", "x", url=url)[2])
 
-    @quiet
     def test_statuses(self):
-        part = [delta("part")]
-        for name, what, status, out, words in (
-                ("length", reply("a", "length"), 3, "a\n", "stopped at length"),
-                ("filter", reply("a", "content_filter"), 3, "a\n", "content_filter"),
-                ("cut", sse(*part, done=False), 3, "part\n", "stopped before its end"),
-                ("error", sse(*part, {"error": "Boom"}), 1, "part\n", "Boom"),
-                ("nothing", sse(), 1, "", "no reply"),
-                ("400", answer('{"error": "bad"}', status=400), 1, "", "HTTP 400: bad"),
-                ("401", answer('{"detail": "no"}', status=401), 4, "", "DEEPINFRA_TOKEN"),
-                ("402", answer("", status=402), 4, "", "billing"),
-                ("403", answer("", status=403), 4, "", "HTTP 403"),
-                ("429", answer("Rate limited", status=429), 5, "", "Rate limited"),
-                ("503", answer("<title>Down</title>", status=503), 5, "", "Down"),
-                ("502", answer("", status=502), 1, "", "HTTP 502"),
-                ("long", answer("long " * 500, status=400), 1, "", "HTTP 400")):
-            server = self.serve(what)
-            with self.subTest(name):
-                got = main("-n", "x", "--retries", "0", "--base-url", server.url)
-                self.assertEqual(got[:2], (status, out))
-                self.assertRegex(got[2], r"^nemotron: [^\n]{1,289}\n$")
-                self.assertIn(words, got[2])
-        del os.environ["DEEPINFRA_BASE_URL"]
-        self.assertEqual(main("-n", "x")[0], 4)
+        part = sse(delta("part"), done=False)
+        for what, status, shown, message in (
+            (reply("cut", "length"), 3, "cut\n", "length"),
+            (reply("cut", "abort"), 3, "cut\n", "abort"),
+            (reply("cut", "error"), 3, "cut\n", "error"),
+            (part, 3, "part\n", "stopped before its end"),
+            (answer("no", status=404), 1, "", "/v1/chat/completions"),
+            (answer("nope", status=401), 4, "", "DEEPINFRA_TOKEN"),
+            (answer("busy", status=429), 5, "", "try later"),
+            (answer("context length", status=400), 1, "", "4,096"),
+            (sse({"error": "Boom"}), 1, "", "Boom"),
+        ):
+            url = self.serve(what).url
+            with self.subTest(message):
+                seen = self.run_main("x", "--retries", "0", url=url)
+                self.assertEqual(seen[:2], (status, shown))
+                self.assertRegex(seen[2], r"\Anemotron: [^\n]{1,289}\n\Z")
+                self.assertIn(message, seen[2])
+        with mock.patch.dict(os.environ, DEEPINFRA_BASE_URL=""):
+            status, _, err = program("-n", "x")
+        self.assertEqual(status, 4)
+        self.assertRegex(err, "DEEPINFRA_TOKEN.*--offline")
 
-    def test_the_program_itself(self):
-        self.assertEqual(main("--version"), (0, nemotron.__version__ + "\n", ""))
-        status, out, err = main("-h")
-        self.assertEqual((status, err), (0, ""))
-        self.assertTrue(out.rstrip().endswith(nemotron.EXITS))
-        shutil.copy(HERE / "nemotron.py", self.folder)
+    def test_help(self):
+        status, out, _ = program("-h")
+        self.assertEqual(status, 0)
+        for text in ("usage: nemotron.py ", "examples:\n  nemotron.py ", "\n  141  "):
+            self.assertIn(text, out)
+        self.assertEqual(program("--version")[:2], (0, nemotron.__version__ + "\n"))
+        for args in (["-h"], ["-n", "--offline", "x"]):
+            command = [sys.executable, HERE / "nemotron.py", *args]
+            done = subprocess.run(
+                ["sh", "-c", 'exec "$@" >&-', "sh", *command],
+                stderr=-1,
+                env=environment(),
+            )
+            self.assertNotIn(b"Traceback", done.stderr)
+
+    def test_alone_in_a_folder(self):
+        shutil.copy(HERE / "nemotron.py", self.folder / "other.py")
+        (self.folder / "package").mkdir()
+        shutil.copy(HERE / "nemotron.py", self.folder / "package")
+        code = (
+            "from package import nemotron; print(nemotron.build_request('x')['model'])"
+        )
         source = (HERE / "nemotron.py").read_bytes()
-        for args, stdin in ((["-I", "-S", "nemotron.py"], b""), (["nemotron.py"], b""),
-                            (["-"], source), (["-m", "nemotron"], b"")):
-            with self.subTest(args):
-                done = subprocess.run(
-                    [sys.executable, *args, "--offline", "Hello!"], input=stdin,
-                    cwd=self.folder, env=environment(), capture_output=True, timeout=60)
-                self.assertEqual((done.returncode, done.stdout, done.stderr),
-                                 (0, b"Hello!\n", b""))
+        for args, stdin, shown in (
+            (["-I", "-S", "other.py", "--offline", "-n", "Hello!"], b"", "Hello!"),
+            (["-", "--offline", "Hello!"], source, "Hello!"),
+            (["-c", code], b"", nemotron.MODEL),
+        ):
+            done = subprocess.run(
+                [sys.executable, *args],
+                input=stdin,
+                stdout=-1,
+                cwd=self.folder,
+                env=environment(),
+            )
+            self.assertEqual((done.returncode, done.stdout.decode()), (0, shown + "\n"))
 
-    def test_import_is_quiet_and_small(self):
-        code = ("import sys, urllib.request, json, threading; before = set(sys.modules);"
-                "import nemotron; print(*sorted(set(sys.modules) - before))")
-        done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True,
-                              env=environment(DEEPINFRA_BASE_URL="nonsense"), timeout=60)
-        self.assertEqual(done.stdout.split(), [b"__future__", b"nemotron"])
-        self.assertEqual(set(nemotron.__all__) - set(dir(nemotron)), set())
+    def test_import_is_small_and_quiet(self):
+        def modules(code):
+            code += "; import sys; print(*sorted(sys.modules))"
+            done = subprocess.run(
+                [sys.executable, "-I", "-c", code], capture_output=True, cwd=HERE
+            )
+            self.assertEqual(done.stderr, b"")
+            return set(done.stdout.decode().split())
+
+        known = "collections, contextlib, email.utils, errno, http.client, json"
+        known += ", math, operator, random, re, reprlib, threading, urllib.request"
+        path = f"import sys; sys.path.insert(0, {str(HERE)!r}); import nemotron"
+        more = (
+            modules(path)
+            - modules(f"import {known}")
+            - {"nemotron", "select", "__future__"}
+        )
+        self.assertEqual(more, set())
 
     @unittest.skipUnless(POSIX, "pipes")
     def test_pipes(self):
-        def piped(command, **env):
-            done = subprocess.run(
-                ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True,
-                env=environment(P=f"{sys.executable} {HERE / 'nemotron.py'}", **env),
-                cwd=self.folder, timeout=60)
-            return done.returncode, done.stdout.decode(), done.stderr.decode()
-
-        long = self.serve(sse(*[delta("word\n" * 1000)] * 200, END))
-        self.assertEqual(piped(f"$P -n x --base-url {long.url} | head -n 1"),
-                         (141, "word\n", ""))
-        with self.subTest("closed files"):
-            self.assertEqual(piped("$P --offline x <&-"), (0, "x\n", ""))
-            self.assertEqual(piped("$P -n --offline x 2>&-"), (0, "x\n", ""))
-            status, _, err = piped("$P -n --offline x >&-")
-            self.assertEqual((status, err.count("\n")), (2, 1))
-        self.assertEqual(piped("$P --offline x 0>/dev/null")[0], 2)
-        long = self.serve(answer(json.dumps({"error": "\u00e9" * 400}), status=400))
-        status, _, err = piped(f"$P -n x --base-url {long.url}", PYTHONIOENCODING="ascii")
-        self.assertEqual((status, len(err)), (1, 300))
+        endless = sse(*[delta("x\n")] * 100000, END)
+        command = [sys.executable, HERE / "nemotron.py", "-n", "x"]
+        env = environment(DEEPINFRA_BASE_URL=self.serve(endless).url)
+        process = subprocess.Popen(command, env=env, stdout=-1, stderr=-1)
+        process.stdout.read(2)
+        process.stdout.close()
+        self.assertEqual((process.stderr.read(), process.wait(60)), (b"", 141))
+        process.stderr.close()
         if os.path.exists("/dev/full"):
-            self.assertEqual(piped("$P -h > /dev/full")[0], 1)
-            status, _, err = piped("$P -n --offline x > /dev/full")
+            with open("/dev/full", "w") as full:
+                status, _, err = program("--offline", "-n", "x", stdout=full)
             self.assertEqual(status, 1)
-            self.assertRegex(err, r"^nemotron: standard output: .*space.*\n$")
-        self.assertEqual(piped("printf 'a\\nb\\n' | while read -r w; do "
-                               "$P -n --offline \"$w\"; done"), (0, "a\nb\n", ""))
-        self.assertEqual(piped("printf 'a\\377' | $P --offline")[0], 2)
-        status, _, err = piped("$P -n --offline $'\\377'")
-        self.assertEqual((status, err), (2, "nemotron: the prompt is not UTF-8\n"))
-        self.assertEqual(piped("(sleep 2.2; echo late) | $P --offline early"), (
-            0, "early\n\nlate\n",
-            "nemotron: waiting for standard input (-n leaves it alone)\n"))
-
-    @unittest.skipUnless(POSIX, "signals")
-    def test_ctrl_c_in_a_pipe(self):
-        server = self.serve(sse(delta("part"), done=False, end="stall"))
-        process = subprocess.Popen(
-            [sys.executable, HERE / "nemotron.py", "-n", "x", "--base-url", server.url],
-            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertIn("standard output: No space left on device", err)
+        env["DEEPINFRA_BASE_URL"] = self.serve(
+            sse(delta("part"), done=False, end="stall")
+        ).url
+        process = subprocess.Popen(command, env=env, stdout=-1, stderr=-1)
         self.assertEqual(process.stdout.read(4), b"part")
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=60)
         self.assertEqual((process.returncode, out, err), (130, b"\n", b""))
+        command = [sys.executable, HERE / "nemotron.py", "--offline"]
+        process = subprocess.Popen(
+            command, stdin=-1, stdout=-1, stderr=-1, env=environment()
+        )
+        note = process.stderr.readline()  # after two seconds
+        self.assertIn(b"waiting for standard input", note)
+        self.assertEqual(process.communicate(b"late")[0], b"late\n")
 
 
-# ----------------------------------------------------------- Conversations, terminals
-
-
-class ConversationTests(Case):
+class ConversationTests(MainCase):
     def setUp(self):
         super().setUp()
-        self.server = self.serve(echo_custom)
-        self.setenv(DEEPINFRA_BASE_URL=self.server.url)
         self.file = self.folder / "chat.json"
 
+    def messages(self):
+        return json.loads(self.file.read_text())
+
     def test_a_conversation(self):
-        self.assertEqual(main("-n", "-c", self.file, "-s", "S", "one")[1], "one\n")
+        self.assertEqual(
+            self.run_main("-c", self.file, "-s", "S", "one")[:2], (0, "one\n")
+        )
         if POSIX:
             self.assertEqual(self.file.stat().st_mode & 0o777, 0o600)
             self.file.chmod(0o640)
-        self.assertEqual(main("-n", "-c", self.file, "two")[1], "two\n")
-        self.assertEqual(main("-n", "-c", self.file, "-s", "T", "three", "--json")[0], 0)
-        turns = [{"role": role, "content": word} for word in ("one", "two", "three")
-                 for role in ("user", "assistant")]
-        expected = [{"role": "system", "content": "T"}, *turns]
-        self.assertEqual(json.loads(self.file.read_text()), expected)
-        self.assertEqual(self.server.requests[-1].json["messages"], expected[:-1])
+        link = self.folder / "link"
+        link.symlink_to(self.file)
+        self.assertEqual(self.run_main("-c", link, "-s", "T", "two")[0], 0)
+        roles = [message["role"] for message in self.messages()]
+        self.assertEqual(roles, ["system", "user", "assistant", "user", "assistant"])
+        self.assertEqual(self.messages()[0]["content"], "T")
+        self.assertEqual(len(self.server.requests[-1].json["messages"]), 4)
+        self.assertTrue(link.is_symlink())
         if POSIX:
             self.assertEqual(self.file.stat().st_mode & 0o777, 0o640)
-        self.assertEqual([path.name for path in self.folder.iterdir()], ["chat.json"])
+        self.assertEqual(sorted(os.listdir(self.folder)), ["chat.json", "link"])
 
-    @unittest.skipUnless(POSIX, "symbolic links")
-    def test_a_symbolic_link_is_followed(self):
-        (self.folder / "real").mkdir()
-        self.file.symlink_to(self.folder / "real" / "there.json")
-        for _ in range(2):
-            self.assertEqual(main("-n", "-c", self.file, "x")[0], 0)
-        self.assertTrue(self.file.is_symlink())
-        self.assertEqual(len(json.loads(self.file.read_text())), 4)
+    def test_without_a_prompt_after_a_tool(self):
+        self.file.write_text(json.dumps([USER, CALLS, TOOL]))
+        self.assertEqual(self.run_main("-c", self.file)[:2], (0, "42\n"))
+        self.assertEqual(self.server.requests[-1].json["messages"], [USER, CALLS, TOOL])
+        self.assertEqual(self.run_main("-c", self.file)[0], 2)  # an assistant's is last
 
     def test_untouched_unless_the_reply_has_ended(self):
         before = json.dumps([USER, ASSISTANT])
         self.file.write_text(before)
-        for what in (answer("no", status=400), sse(delta("a"), done=False),
-                     sse(delta("a"), {"error": "x"}), answer("<title>x</title>")):
-            server = self.serve(what)
-            self.assertNotEqual(main("-n", "-c", self.file, "x", "--base-url",
-                                     server.url)[0], 0)
+        for what in (answer("no", status=400), sse(delta("part"), done=False)):
+            self.assertNotEqual(
+                self.run_main("-c", self.file, "x", url=self.serve(what).url)[0], 0
+            )
             self.assertEqual(self.file.read_text(), before)
-        main("--dry-run", "-c", self.file, "x")
-        self.assertEqual(self.file.read_text(), before)
-        server = self.serve(reply("cut", "length"))
-        self.assertEqual(main("-n", "-c", self.file, "x", "--base-url", server.url)[0], 3)
-        self.assertEqual(json.loads(self.file.read_text())[-1]["content"], "cut")
+        url = self.serve(reply("cut", "length")).url
+        self.assertEqual(self.run_main("-c", self.file, "x", url=url)[0], 3)
+        self.assertEqual(self.messages()[-1]["content"], "cut")
 
-    @unittest.skipUnless(POSIX, "signals")
-    def test_untouched_by_signals(self):
-        before = json.dumps([USER, ASSISTANT])
-        self.file.write_text(before)
-        server = self.serve(sse(delta("part"), done=False, end="stall"))
-        for number in (signal.SIGINT, signal.SIGKILL):
-            process = subprocess.Popen(
-                [sys.executable, HERE / "nemotron.py", "-n", "-c", self.file, "x",
-                 "--base-url", server.url], env=environment(), stdout=subprocess.PIPE)
-            process.stdout.read(4)
-            process.send_signal(number)
-            process.communicate(timeout=30)
-            self.assertEqual(self.file.read_text(), before)
+    def test_never_over_the_change_of_another_run(self):
+        def change(request):
+            self.file.write_text(json.dumps([USER]))
+            return echo(request)
+
+        status, out, err = self.run_main(
+            "-c", self.file, "x", url=self.serve(change).url
+        )
+        self.assertEqual((status, out, self.messages()), (1, "x\n", [USER]))
+        self.assertIn("was changed meanwhile", err)
 
     def test_bad_files(self):
-        for text, words in (("", "chat.json"), ("{}", "not a list"), ('"x"', "not a list"),
-                            ("[1]", "messages[0]"), (json.dumps([USER, {"role": "x"}]),
-                                                     "messages[1]"),
-                            ("[" * 100000, "chat.json"), ("[\xff", "chat.json"),
-                            (json.dumps([SYSTEM, USER, SYSTEM]), "messages[2]")):
+        for text, expected in (
+            ("{}", "a list"),
+            ("[1]", "messages[0]"),
+            (json.dumps([USER, {"role": "x"}]), "messages[1]"),
+            ("[" * 100000, "chat.json"),
+            ("[\xff", "chat.json"),
+        ):
             self.file.write_text(text, encoding="latin-1")
             with self.subTest(text[:20]):
-                status, _, err = main("-n", "-c", self.file, "-s", "x", "x")
-                self.assertEqual(status, 2)
-                self.assertRegex(err, r"^nemotron: [^\n]*chat\.json: [^\n]+\n$")
-                self.assertIn(words, err)
+                status, _, err = self.run_main("-c", self.file, "x")
+                self.assertEqual((status, expected in err), (2, True), err)
                 self.assertEqual(self.file.read_text(encoding="latin-1"), text)
-        self.assertEqual(main("-n", "-c", self.folder, "x")[0], 2)
-        self.assertEqual(main("-n", "-c", "", "x")[0], 2)
-        self.assertEqual(main("-n", "-c", self.folder / "no" / "x", "x")[0], 2)
+        if POSIX:
+            os.unlink(self.file)
+            os.mkfifo(self.file)
+            self.assertEqual(self.run_main("-c", self.file, "x")[0], 2)
         self.assertEqual(self.server.requests, [])
 
     def test_a_chat_from_a_pipe(self):
-        status, out, err = program("-i", "-c", self.file, "first", "turn", "-u",
-                                   stdin="two\n\n \nthree \u20ac".encode(),
-                                   env={"DEEPINFRA_BASE_URL": self.server.url})
+        stdin = "two\n\n \nthree \u20ac\nexit\nfour\n".encode()
+        args = ["-i", "-c", self.file, "first", "turn", "-u"]
+        status, out, err = program(*args, stdin=stdin, env=self.env)
         self.assertEqual((status, out), (0, "first turn\ntwo\nthree \u20ac\n"))
-        self.assertEqual(err.count("tokens"), 3)
-        self.assertEqual(len(json.loads(self.file.read_text())), 6)
-        self.assertEqual(len(self.server.requests[-1].json["messages"]), 5)
-
-    def test_words_alone(self):
-        self.assertEqual(main("-i", "-n", "one", stdin="two\n"), (0, "one\n", ""))
-
-    @unittest.skipUnless(POSIX, "folders without a way in")
-    def test_a_file_that_cannot_be_written_ends_no_chat(self):
-        def lose(request):
-            shutil.rmtree(self.folder / "sub", ignore_errors=True)
-            return echo_custom(request)
-
-        (self.folder / "sub").mkdir()
-        server = self.serve(lose)
-        status, out, err = main("-i", "-c", self.folder / "sub" / "chat.json", "one",
-                                "--base-url", server.url, stdin="two\n")
-        self.assertEqual((status, out), (0, "one\ntwo\n"))
-        self.assertEqual(err.count("No such file or directory"), 2)
+        self.assertEqual((err.count("tokens"), len(self.messages())), (3, 6))
 
     def test_an_error_drops_the_turn(self):
-        server = self.serve(answer("maximum context length is 4096", status=400), echo_custom)
-        status, out, err = main("-i", "one", "--base-url", server.url, stdin="two\n")
+        url = self.serve(answer("context length", status=400), echo).url
+        status, out, err = program("-i", "one", "--base-url", url, stdin=b"two\n")
         self.assertEqual((status, out), (0, "two\n"))
-        self.assertRegex(err, r"^nemotron: HTTP 400, .*new conversation.*\n$")
-        self.assertEqual(len(server.requests[1].json["messages"]), 1)
-        del os.environ["DEEPINFRA_BASE_URL"]
-        self.assertEqual(main("-i", "one")[0], 4)
-        self.assertEqual(main("-i", "one", "--top-p", "0")[0], 2)
+        self.assertIn("new conversation", err)
+        self.assertEqual(program("-i", "one")[0], 4)
 
 
 class Terminal:
     """The program on a pseudo-terminal of its own, with Ctrl-C and all."""
 
-    START = ("import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
-             "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])")
+    START = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
 
-    def __init__(self, *args, stdout=None, code=None, **env):
+    def __init__(self, *args, stdout=None, **env):
         self.file, terminal = os.openpty()
-        what = ["-c", code] if code else [HERE / "nemotron.py", *map(str, args)]
+        env = environment(**{"TERM": "xterm", "COLUMNS": "80", **env})
         self.process = subprocess.Popen(
-            [sys.executable, "-c", self.START, *what],
-            stdin=terminal, stdout=stdout or terminal, stderr=terminal,
-            start_new_session=True, env=environment(**{"TERM": "xterm", "COLUMNS": "80",
-                                                       **env}))
+            [sys.executable, "-c", self.START, HERE / "nemotron.py", *map(str, args)],
+            stdin=terminal,
+            stdout=stdout or terminal,
+            stderr=terminal,
+            start_new_session=True,
+            env=env,
+        )
         os.close(terminal)
         self.seen = ""
 
-    def expect(self, text):
-        """Wait until the text is on the screen; what is new up to it."""
-        while text not in self.seen:
-            with contextlib.suppress(OSError):  # the end, as Linux says it
-                new = os.read(self.file, 4096).decode()
-                if new:
-                    self.seen += new
-                    continue
+    def expect(self, text, resend=None):
+        """Wait until the text is on the screen; send `resend` each second until it is."""
+        for _ in range(10000):
+            if text in self.seen:
+                break
+            if not select.select([self.file], [], [], 1 if resend else 60)[0]:
+                if not resend:
+                    break
+                self.send(resend)
+                continue
+            with contextlib.suppress(OSError):  # the end, on Linux
+                self.seen += os.read(self.file, 4096).decode()
+                continue
+            break
+        if text not in self.seen:
             raise AssertionError(f"{text!r} did not come: {self.seen!r}")
         before, _, self.seen = self.seen.partition(text)
         return before + text
@@ -2167,223 +2282,196 @@ class Terminal:
         os.write(self.file, text.encode())
 
     def end(self):
-        """(status, the rest of what was on the screen)"""
-        rest = self.seen
+        """Return the status, and the rest of what was on the screen."""
         with contextlib.suppress(OSError):
             while new := os.read(self.file, 4096).decode():
-                rest += new
+                self.seen += new
         os.close(self.file)
-        return self.process.wait(30), rest
+        return self.process.wait(60), self.seen
 
 
 @unittest.skipUnless(POSIX, "pseudo-terminals")
 class TerminalTests(Case):
     def setUp(self):
         super().setUp()
-        self.server = self.serve(echo_custom)
-        self.guard = threading.Timer(50, os._exit, (9,))  # rather than hang for ever
+        self.guard = threading.Timer(100, os._exit, (9,))  # rather than hang for ever
         self.guard.start()
         self.addCleanup(self.guard.cancel)
 
     def terminal(self, *args, server=None, **kwargs):
-        return Terminal(*args, DEEPINFRA_BASE_URL=(server or self.server).url, **kwargs)
+        server = server or self.serve(echo)
+        return Terminal(*args, DEEPINFRA_BASE_URL=server.url, **kwargs)
 
     def test_a_chat(self):
         file = self.folder / "chat.json"
         screen = self.terminal("-i", "-u", "-c", file, "hello")
         screen.expect("hello\r\nnemotron: 3 + 2 tokens")
+        screen.expect("exit or Ctrl-D ends the chat")
         screen.expect("> ")
         screen.send("one\r")
-        screen.expect("one\r\n")
         screen.expect("one\r\nnemotron: 3 + 2 tokens")
         screen.expect("> ")
-        self.assertEqual(len(json.loads(file.read_text())), 4)
-        screen.send("\x1b[A\r")  # the line before, from the history
-        screen.expect("one\r\nnemotron: 3 + 2")
-        screen.expect("> ")
-        screen.send("half a li\x03")  # Ctrl-C
-        screen.expect("> ")
-        screen.send("\x04")  # Ctrl-D
-        self.assertEqual(screen.end()[0], 0)
-        self.assertEqual(len(json.loads(file.read_text())), 6)
+        with contextlib.suppress(ImportError):
+            import readline
 
-    def test_ctrl_c_during_a_reply_keeps_the_chat(self):
-        server = self.serve(sse(delta("endless"), done=False, end="stall"), echo_custom)
+            if "libedit" not in (readline.__doc__ or ""):
+                screen.send("\x1b[200~two\nlines\x1b[201~\r")  # a paste is one turn
+                screen.expect("two\r\nlines\r\nnemotron: 3 + 2 tokens")
+                screen.expect("> ")
+                self.assertEqual(
+                    json.loads(file.read_text())[-1]["content"], "two\nlines"
+                )
+        screen.send("half a li")
+        screen.expect("half a li")
+        screen.send("\x03")
+        screen.expect("> ", resend="\x03")
+        screen.send("exit\r")
+        self.assertEqual(screen.end()[0], 0)
+
+    def test_ctrl_c_in_a_reply_keeps_the_chat(self):
+        server = self.serve(sse(delta("endless"), done=False, end="stall"), echo)
         screen = self.terminal("-i", server=server)
         screen.expect("> ")
         screen.send("one\r")
         screen.expect("endless")
         screen.send("\x03")
-        screen.expect("\r\nnemotron: stopped; this turn is dropped\r\n")
+        screen.expect("this turn is dropped\r\n")
         screen.expect("> ")
         screen.send("two\r")
-        screen.expect("two\r\ntwo\r\n")
+        screen.expect("\rtwo\r\n")
         screen.expect("> ")
         screen.send("\x04")
         self.assertEqual(screen.end()[0], 0)
         self.assertEqual(len(server.requests[1].json["messages"]), 1)
 
-    def test_ctrl_c_of_one_shot(self):
-        server = self.serve(sse(delta("part"), done=False, end="stall"))
-        screen = self.terminal("x", server=server)
+    def test_one_prompt(self):
+        text = "\x1b[31mred\x07\x9b\u202e\r\n\ttab\x7f"
+        shown = "\\x1b[31mred\\x07\\x9b\\u202e\\r\r\n\ttab\\x7f\r\n"
+        for args in ([], ["--no-stream"]):
+            screen = self.terminal("x", *args, server=self.serve(reply(text)))
+            self.assertEqual(screen.end(), (0, shown))
+        broken = self.serve(sse(delta("part"), done=False, end="stall"))
+        screen = self.terminal("x", server=broken)
         screen.expect("part")
         screen.send("\x03")
         self.assertEqual(screen.end(), (130, "^C\r\n"))
-
-    def test_escapes_are_shown(self):
-        text = "\x1b[31mred\x07\x9b2J\r\n\ttab\x7f"
-        for args in ([], ["--no-stream"]):
-            screen = self.terminal("x", *args, server=self.serve(reply(text)))
-            self.assertEqual(screen.end(), (
-                0, "\\x1b[31mred\\x07\\x9b2J\\x0d\r\n\ttab\\x7f\r\n"))
-
-    def test_no_prompt(self):
-        screen = self.terminal()
-        status, seen = screen.end()
+        status, seen = self.terminal().end()
         self.assertEqual(status, 2)
-        self.assertRegex(seen, r"^nemotron: no prompt: nemotron.py \[options\][^\n]*\r\n$")
-
-    def test_input_from_the_terminal(self):
+        self.assertRegex(
+            seen, r"\Anemotron: no prompt: nemotron.py \[options\][^\n]*\n\Z"
+        )
         screen = self.terminal("a", "-")
         screen.send("typed\r\x04")
         screen.expect("a\r\n\r\ntyped\r\n")
         self.assertEqual(screen.end()[0], 0)
 
-    def test_prompt_is_not_in_a_redirected_output(self):
+    def test_the_prompt_is_not_in_a_redirected_output(self):
         with open(self.folder / "out", "wb") as out:
             screen = self.terminal("-i", stdout=out)
             screen.expect("> ")
             screen.send("one\r")
             screen.expect("> ")
             screen.send("\x04")
-            screen.end()
+            self.assertEqual(screen.end()[0], 0)
         self.assertEqual((self.folder / "out").read_bytes(), b"one\n")
 
-    def test_a_terminal_of_no_size(self):
-        requests = self.folder / "requests.jsonl"
-        requests.write_text('"a"\n')
-        screen = self.terminal("--batch", requests, "--output", self.folder / "rows",
-                               COLUMNS="0")
-        status, rest = screen.end()
-        self.assertEqual(status, 0)
-        self.assertRegex(rest, r"nemotron: 1 of 1 done, 0 failed, .*s\r\n$")
-
-    def test_a_chat_without_standard_error(self):
-        for number in (1, 2):
-            screen = self.terminal(code=(
-                f"import os, sys; os.close({number});"
-                f"os.execv(sys.executable, [sys.executable, {str(HERE / 'nemotron.py')!r},"
-                " '-i', 'one'])"))
-            if number == 2:
-                screen.expect("one\r\n")
-                screen.send("two\r")
-                screen.expect("two\r\ntwo\r\n")
-                screen.send("\x04")
-            self.assertEqual(screen.end()[0], 0 if number == 2 else 2)
-
     def test_progress_of_a_batch(self):
-        requests = self.folder / "requests.jsonl"
-        requests.write_text('"a"\n' * 3)
+        requests = self.folder / "requests"
+        requests.write_text("a\n" * 3)
         steps = threading.Semaphore(0)
-        server = self.serve(lambda request: (steps.acquire(timeout=30), reply())[1])
+        server = self.serve(lambda request: (steps.acquire(timeout=60), reply())[1])
         with open(self.folder / "out", "wb") as out:
-            screen = self.terminal("--batch", requests, "-j", "1", server=server, stdout=out)
+            screen = self.terminal(
+                "--batch", requests, "-j", "1", server=server, stdout=out
+            )
             steps.release()
             screen.expect("\r1 of 3 done, 0 failed, ")
             screen.expect("s left")
-            steps.release()
-            steps.release()
+            steps.release(2)
             status, rest = screen.end()
         self.assertEqual(status, 0)
-        self.assertRegex(rest, r"\r {79}\rnemotron: 3 of 3 done, 0 failed, .*s\r\n$")
-        self.assertEqual((self.folder / "out").read_bytes().count(b"\n"), 3)
+        self.assertRegex(rest, r"\r {79}\rnemotron: 3 of 3 done, 0 failed, .*s\r\n\Z")
 
 
-# ------------------------------------------------------------------------ Documentation
+# --------------------------------------------------------------------- Documentation
 
 
 class ReadmeTests(Case):
     README = (HERE / "README.md").read_text(encoding="utf-8")
 
+    def setUp(self):
+        super().setUp()
+        shutil.copy(HERE / "nemotron.py", self.folder)
+        url = self.serve(echo).url
+        self.env = environment(DEEPINFRA_BASE_URL=url, DEEPINFRA_TOKEN="x")
+
     def blocks(self, language):
-        found = re.findall(rf"^```{language}\n(.*?)^```", self.README, re.M | re.S)
-        self.assertGreater(len(found), 3)
-        return found
+        return re.findall(rf"^```{language}\n(.*?)^```", self.README, re.M | re.S)
 
-    def test_the_table_of_parameters(self):
-        rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \| (.*) \|$", self.README, re.M)
-        self.assertEqual(rows, [
-            (row.name, row.kind, row.range and f"`{row.range}`", row.default, row.help)
-            for row in nemotron.PARAMETERS])
-
-    def test_the_codes_of_the_rows(self):
-        codes = {getattr(nemotron, name).code for name in nemotron.__all__
-                 if name.endswith("Error")} - {"error", "incomplete_reply"}
-        text, = re.findall(r"Codes:(.*?)\.\n", self.README, re.S)
-        self.assertEqual(set(re.findall(r"`(\w+)`", text)), codes | {"duplicate_custom_id"})
-
-    def run_in_folder(self, args):
-        done = subprocess.run(args, cwd=self.folder, env=self.env, capture_output=True,
-                              stdin=subprocess.DEVNULL, timeout=60)
+    def run_in_folder(self, *command):
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+        )
         self.assertEqual(done.returncode, 0, done.stderr.decode())
         return done.stdout.decode()
 
-    def prepare(self):
-        for name in ("nemotron.py", "README.md"):
-            shutil.copy(HERE / name, self.folder)
-
-        def both(request):
-            text = request.json["messages"][-1]["content"]
-            streamed = request.json.get("stream")
-            return sse(delta(text), delta(finish="stop", usage=USAGE)) if streamed else (
-                reply(text))
-
-        self.env = environment(DEEPINFRA_BASE_URL=self.serve(both).url, DEEPINFRA_TOKEN="x")
+    def test_the_tables(self):
+        cells = r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \| (.*) \|$"
+        rows = [
+            (name, kind, limits and f"`{limits}`", default, text)
+            for name, kind, limits, default, text in nemotron.PARAMETERS
+        ]
+        self.assertEqual(re.findall(cells, self.README, re.M), rows)
+        known = ", ".join(re.findall(r"^\| ([\d, ]+) \| ", self.README, re.M))
+        statuses = re.findall(r"^  (\d+) ", nemotron.HELP_END, re.M)
+        self.assertEqual(known.split(", "), statuses)
+        names = [name for name in nemotron.__all__ if name.endswith("Error")]
+        codes = {getattr(nemotron, name).code for name in names}
+        codes |= {"duplicate_custom_id"}
+        (text,) = re.findall(r"Codes:(.*?)\. A", self.README, re.S)
+        expected = codes - {"error", "incomplete_reply"}
+        self.assertEqual(set(re.findall(r"`(\w+)`", text)), expected)
 
     def test_the_python_examples(self):
-        self.prepare()
-        ran = [code for code in self.blocks("python") if "pyspark" not in code]
-        for code in ran:
+        blocks = [code for code in self.blocks("python") if "pyspark" not in code]
+        self.assertGreater(len(blocks), 3)
+        for code in blocks:
             with self.subTest(code):
-                self.run_in_folder([sys.executable, "-W", "error", "-c", code])
-        self.assertGreaterEqual(len(ran), 4)
+                self.run_in_folder(sys.executable, "-W", "error", "-c", code)
 
-    @unittest.skipUnless(all(map(shutil.which, ("bash", "jq", "curl", "git"))),
-                         "bash, jq, curl and git")
+    @unittest.skipUnless(shutil.which("bash"), "bash")
     def test_the_shell_examples(self):
-        self.prepare()
         (self.folder / "bin").mkdir()
         (self.folder / "bin" / "python3").symlink_to(sys.executable)
+        curl = self.folder / "bin" / "curl"  # which would ask the real server
+        curl.write_text("#!/bin/sh\ncat\n")
+        curl.chmod(0o755)
         self.env["PATH"] = f"{self.folder / 'bin'}:{self.env['PATH']}"
-        self.run_in_folder(["bash", "-ec", "git init -q . && git add README.md && "
-                            "echo more >> README.md"])
-        outputs = []
+        outputs = {}
         for code in self.blocks("sh"):
             if "unittest" not in code:
                 with self.subTest(code):
-                    outputs.append(self.run_in_folder(["bash", "-euo", "pipefail", "-c", code]))
-        first, _, words, loop, jq, talk, batch, timed = outputs
-        self.assertEqual(timed, first)
-        self.assertEqual(first, "Hello!\n")
-        self.assertIn("Write a commit message for this diff.\n\ndiff --git", words)
-        self.assertIn("\n\nSay this again, for a child.\n", words)
-        self.assertEqual(loop, "".join(f"How long do I roast {animal}?\n"
-                                       for animal in ("lamb", "duck", "trout")))
-        self.assertTrue(jq.startswith("Hello!\n5\n"))
-        self.assertIn("data: [DONE]", jq)
-        self.assertIn("assistant: And what goes with it?", talk)
-        self.assertEqual(len(json.loads((self.folder / "chat.json").read_text())), 3)
-        self.assertEqual(batch, "")
-        pairs = [json.loads(line) for line in
-                 (self.folder / "data.jsonl").read_text().splitlines()]
-        self.assertEqual({pair["topic"] for pair in pairs}, {"lamb", "duck", "trout"})
-        self.assertIn("Write a question about cooking lamb", str(pairs))
-
-    def test_the_exit_statuses(self):
-        known = re.findall(r"^\| ([\d, ]+) \| ", self.README, re.M)
-        numbers = [int(n) for one in known for n in one.split(", ")]
-        self.assertEqual(numbers, [int(n) for n in re.findall(
-            r"^  (\d+) ", nemotron.EXITS, re.M)])
+                    code = code.replace("DEEPINFRA_TOKEN=...", "DEEPINFRA_TOKEN=x")
+                    out = self.run_in_folder("bash", "-euo", "pipefail", "-c", code)
+                    outputs[code] = out
+        everything = "\n".join(outputs.values())
+        for expected in (
+            "Hello!\n",
+            "Explain this code.\n\ndef f(x)",
+            "trout: How long do I roast trout?\n",
+            '"seed": 7}',
+        ):
+            self.assertIn(expected, everything)
+        pairs = (self.folder / "pairs.jsonl").read_text().splitlines()
+        question = "Write one question about cooking trout."
+        self.assertEqual(len(pairs), 6)
+        pair = {"prompt": question, "answer": question}
+        self.assertEqual([json.loads(line) for line in pairs].count(pair), 2)
+        self.assertEqual(len(json.loads((self.folder / "chat.json").read_text())), 5)
 
 
 if __name__ == "__main__":
