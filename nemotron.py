@@ -85,12 +85,14 @@ GRACE = 5.0  # seconds to go on reading after the end of a streamed reply
 
 # ---------------------------------------------------------------------------- Errors
 
-CONTROLS = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+CONTROLS = re.compile(
+    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
 
 
 def escape_controls(text: str) -> str:
     r"""Show control characters and direction overrides as escapes like \x1b."""
-    return re.sub(CONTROLS, lambda match: ascii(match[0])[1:-1], text)
+    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def one_line(text: str) -> str:
@@ -612,7 +614,8 @@ HOST = rf"(?P<host>{LOOPBACK}|[\w.-]+|\[[0-9a-f:.]+\])"
 PATH = r"(?:/[\w./~%+:@!$&'()*,;=-]*)?"
 URL = rf"(?ai)(?P<scheme>https?)://{HOST}(?::(?P<port>\d+))?{PATH}"
 TOKEN_NAMES = ("DEEPINFRA_TOKEN", "DEEPINFRA_API_KEY", "DEEPINFRA_API_TOKEN")
-FAILURES = (OSError, ValueError, OverflowError, ImportError, http.client.HTTPException)
+HTTPException = http.client.HTTPException
+FAILURES = (OSError, ValueError, OverflowError, ImportError, MemoryError, HTTPException)
 RETRY_STATUSES = (408, 409, 429, 500, 502, 503, 504)
 STATUSES: dict[int, tuple[type[APIStatusError], str]] = {
     401: (AuthenticationError, "the token was refused, check DEEPINFRA_TOKEN"),
@@ -754,7 +757,7 @@ class Exchange:
             kind, problem = APITimeoutError, "no complete answer in time from"
         error = kind(f"{problem} {self.client._address}: {describe(cause)}{advice}")
         is_host = isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
-        is_network = isinstance(cause, (OSError, http.client.HTTPException))
+        is_network = isinstance(cause, (OSError, HTTPException))
         error.retryable = is_network and not is_host and not is_certificate
         error.__cause__ = cause
         return error
@@ -1042,9 +1045,15 @@ def stream(messages: Messages, **params: Unpack[Params]) -> Stream:
     return Client().stream(messages, **params)
 
 
-def batch(requests: Iterable[Any], jobs: int = 8, **params: Any) -> Iterator[JSON]:
+def batch(
+    requests: Iterable[Any],
+    jobs: int = 8,
+    *,
+    output: str | None = None,
+    **params: Unpack[Params],
+) -> Iterator[JSON]:
     """Call Client().batch(): send many requests, and yield a row for each."""
-    return Client().batch(requests, jobs, **params)
+    return Client().batch(requests, jobs, output=output, **params)
 
 
 # ----------------------------------------------------------------------------- Batch
@@ -1259,19 +1268,19 @@ class Batch:
             self._output.close()
 
     def _work(self) -> None:
-        while self._slots.acquire():
-            with self._source_lock:
-                row, body = self._take()
-            if body:
-                self._answer(row, body)
-            if not row or self.stopped.is_set():
-                break
-            try:
+        try:
+            while self._slots.acquire():
+                with self._source_lock:
+                    row, body = self._take()
+                if body:
+                    self._answer(row, body)
+                if not row or self.stopped.is_set():
+                    break
                 if self._output:
                     self._output.append(row)
-            except NemotronError as error:
-                self._end(error)
-            self._rows.put(row)
+                self._rows.put(row)
+        except BaseException as error:  # the output is full, or no memory is left
+            self.stop(error)
 
     def _take(self) -> tuple[JSON, JSON]:
         """Take the next request; return its row, and the body to send, if there is one.
@@ -1355,8 +1364,10 @@ class BatchExchange(Exchange):
         The answer to a request that was sent before a pause does not begin another one.
         """
         batch, now, delay = self._batch, self.client._clock(), error.retry_after or 0.0
-        if getattr(error.__cause__, "errno", 0) in (errno.EMFILE, errno.ENFILE):
-            delay = 0.1  # until another worker has closed a file
+        cause = error.__cause__
+        is_full = getattr(cause, "errno", 0) in (errno.EMFILE, errno.ENFILE)
+        if is_full or isinstance(cause, MemoryError):
+            delay = 0.1  # until another worker has ended a call
         elif not isinstance(error, RateLimitError):
             return super()._delay_after(error)
         elif delay <= self.client.timeout:
@@ -1619,9 +1630,9 @@ def write_reply(pieces: Iterable[str]) -> None:
             piece = piece if begun else piece.lstrip()
             text = piece.rstrip("\r\n")
             if text:
-                line = newlines + text
+                begun, line = True, newlines + text
                 write_output(escape_controls(line) if on_terminal else line)
-                begun, newlines = True, piece[len(text) :]
+                newlines = piece[len(text) :]
             else:
                 newlines += piece  # which may be the last
         begun = True  # an empty reply is an empty line
@@ -2004,8 +2015,8 @@ def main(argv: list[str] | None = None) -> int:
         if error.exit_status != 141:
             warn(error)
         return error.exit_status
-    except OSError as error:
-        warn(f"{error.filename or 'failed'}: {describe(error)}")
+    except (OSError, MemoryError) as error:
+        warn(f"{getattr(error, 'filename', None) or 'failed'}: {describe(error)}")
         return 1
 
 
