@@ -825,7 +825,9 @@ class Client:
         if not match or not (scheme == "https" or match["loopback"]):
             form = "https://host[:port][/path], or http:// and a loopback host"
             raise InvalidRequestError(f"the base URL must be {form}, no user, no query")
-        port = match["port"] or {"https": "443", "http": "80"}[scheme]
+        port = int(match["port"] or {"https": 443, "http": 80}[scheme])
+        if not 0 < port < 65536:
+            raise InvalidRequestError("the port of the base URL must be 1 to 65535")
         self._token, self._is_loopback = token.strip(), bool(match["loopback"])
         self._address = f"{match['host']}:{port}"
         self._url = self.base_url.rstrip("/") + "/chat/completions"
@@ -1206,7 +1208,10 @@ class Batch:
         import logging  # noqa: F401 (before files may run out)
         import queue
 
+        output = os.fspath(output) if isinstance(output, os.PathLike) else output
         check_value("jobs", jobs)
+        if output is not None:
+            check_value("output", output)
         client._headers()
         self.client, self._jobs = client, jobs
         self._params = {"model": client.model, **check_parameters(params)}
@@ -1976,6 +1981,8 @@ def run_batch(client: Client, options: argparse.Namespace, params: JSON) -> int:
     finally:
         progress.draw("")
         warn(progress.summary(batch.skipped))
+        if options.batch != "-":  # where a worker may wait for a line
+            file.close()
     return progress.status()
 
 
