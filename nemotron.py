@@ -440,9 +440,9 @@ def server_message(answer: Any) -> str:
 
 def find_failure(answer: Any) -> str:
     """Return the server's message if a reply or chunk is an error; "" if it is not."""
-    choices = answer.get("choices") or []
+    choices = answer.get("choices") or ()
     for part in (answer, *choices):
-        if part.get("error"):
+        if "error" in part and part["error"]:
             return server_message(part) or json.dumps(part["error"])
     return "" if choices else server_message(answer)
 
@@ -594,10 +594,11 @@ def split_events(lines: Iterator[bytes]) -> Iterator[tuple[str, str]]:
             data.append(value.removeprefix(b" "))
         elif field == b"event":
             name = value.decode("utf-8", "replace").strip()
-        elif not line:
-            if data:
-                yield name, b"\n".join(data).decode("utf-8", "replace").strip()
+        elif not line and data:
+            yield name, b"\n".join(data).decode("utf-8", "replace").strip()
             name, data = "", []
+        elif not line:
+            name = ""
     rest = b"\n".join(data).decode("utf-8", "replace").strip()
     if name == "error" or rest == "[DONE]" or read_json(rest) is not rest:
         yield name, rest
