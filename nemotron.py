@@ -375,7 +375,9 @@ STOP_TOKEN = "</s>"  # the model's own; the provider sends it as the last piece 
 INCOMPLETE = ("length", "content_filter", "abort", "error")  # values of finish_reason
 RUNNING_TEXT = ("content", "reasoning_content", "reasoning", "refusal", "arguments")
 MAX_DEPTH = 100  # levels of nesting in a chunk
+# The keys of a chunk that only brings text.
 PLAIN_CHOICE, PLAIN_MESSAGE = {"index", "delta", "finish_reason"}, {"role", "content"}
+# What code that expects a chunk raises for JSON of another shape.
 ODD_SHAPE = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
@@ -505,7 +507,10 @@ class ChunkMerger:
         self._last_head: JSON = {}  # of the last chunk; most of it stays the same
 
     def add(self, chunk: JSON) -> str:
-        """Merge a chunk, and return the text that it adds to choice 0; or ODD_SHAPE."""
+        """Merge a chunk, and return the text that it adds to choice 0.
+
+        The choices are final once all are finished.  Raises ODD_SHAPE.
+        """
         head, new_text = {**chunk, "choices": None}, ""
         if head != self._last_head:
             merge(self._head, head)
@@ -614,6 +619,7 @@ LOOPBACK = rf"(?P<loopback>localhost|127(?:\.{OCTET}){{3}}|\[::1\])"
 HOST = rf"(?P<host>{LOOPBACK}|[\w.-]+|\[[0-9a-f:.]+\])"
 PATH = r"(?:/[\w./~%+:@!$&'()*,;=-]*)?"
 URL = rf"(?ai)(?P<scheme>https?)://{HOST}(?::(?P<port>\d+))?{PATH}"
+JSON_PADDING = b"\xef\xbb\xbf \t\r\n"  # a BOM and white space may come before JSON
 TOKEN_NAMES = ("DEEPINFRA_TOKEN", "DEEPINFRA_API_KEY", "DEEPINFRA_API_TOKEN")
 HTTPException = http.client.HTTPException
 FAILURES = (OSError, ValueError, OverflowError, ImportError, MemoryError, HTTPException)
@@ -1002,10 +1008,10 @@ class Stream:
         pieces, head = self._exchange.pieces(self._response), b""
         for piece in pieces:
             head += piece
-            if head.strip(b"\xef\xbb\xbf \r\n") or len(head) > 1000:
+            if head.strip(JSON_PADDING) or len(head) > 1000:
                 break
         pieces = itertools.chain([head], pieces)
-        start = head.lstrip(b"\xef\xbb\xbf \r\n")[:1]
+        start = head.lstrip(JSON_PADDING)[:1]
         is_json = self._response.headers.get_content_type() == "application/json"
         if not is_json and start not in (b"{", b"<"):
             return split_events(split_lines(pieces))
@@ -1802,7 +1808,8 @@ def read_turns(words: list[str], no_stdin: bool) -> Iterator[str]:
     if not is_terminal(sys.stdin):
         yield from (line.decode("utf-8-sig", "replace") for line in open_input("-"))
         return
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    stdin: Any = sys.stdin
+    stdin.reconfigure(encoding="utf-8", errors="replace")
     warn("exit or Ctrl-D ends the chat, Ctrl-C drops a turn")
     with contextlib.suppress(ImportError):
         import readline  # which input() then uses
