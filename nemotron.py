@@ -444,7 +444,7 @@ def find_failure(answer: Any) -> str:
     """Return the server's message if a reply or chunk is an error; "" if it is not."""
     choices = answer.get("choices") or ()
     for part in (answer, *choices):
-        if "error" in part and part["error"]:
+        if part.get("error"):
             return server_message(part) or json.dumps(part["error"])
     return "" if choices else server_message(answer)
 
