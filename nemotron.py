@@ -102,6 +102,8 @@ def one_line(text: str) -> str:
 
 
 def describe(error: BaseException) -> str:
+    if isinstance(error, http.client.IncompleteRead):
+        return "the reply was cut short"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -628,7 +630,7 @@ STATUSES: dict[int, tuple[type[APIStatusError], str]] = {
     401: (AuthenticationError, "the token was refused, check DEEPINFRA_TOKEN"),
     402: (AuthenticationError, "the account cannot pay, check its billing"),
     403: (AuthenticationError, "the token was refused, check DEEPINFRA_TOKEN"),
-    404: (APIStatusError, "not found, check the model and the base URL"),
+    404: (APIStatusError, "check the model and the base URL"),
     429: (RateLimitError, "busy, try later or with fewer requests at once"),
     503: (RateLimitError, "busy, try later"),
 }
@@ -1894,9 +1896,7 @@ class Progress:
             self._codes[row["error"]["code"]] += 1
             self._failures_in_a_row += row["request"] is not None
             if self._failures_in_a_row >= self.MAX_FAILURES:
-                self.stop_reason = (
-                    f"stopped by {self._failures_in_a_row} failures in a row"
-                )
+                self.stop_reason = f"stopped by {self.MAX_FAILURES} failures in a row"
         else:
             reply = Completion(row["response"]["body"])
             self._failures_in_a_row = 0
