@@ -1029,7 +1029,7 @@ class Stream:
                 return chunk, self._merger.add(chunk)
             message = f"the server failed: {problem}"
         except ODD_SHAPE:
-            message = f"the server sent an odd chunk: {data}"
+            message = f"the server sent an odd chunk: {server_message(data) or 'HTML'}"
         raise ReplyError(self._exchange.client._redact(message))
 
     def _fail(self, problem: Exception) -> Any:
@@ -1703,22 +1703,23 @@ class Conversation:
         self._path = path and os.path.realpath(path)
         self._text = self._read()
         try:
-            self.messages = check_messages(json.loads(self._text or "[]"))
+            text = "[]" if self._text is None else self._text
+            self.messages = check_messages(json.loads(text))
         except (ValueError, RecursionError) as error:
             raise InvalidRequestError(f"{path}: {error}") from None
         if system is not None:
             others = [m for m in self.messages if m["role"] != "system"]
             self.messages = [{"role": "system", "content": system}, *others]
 
-    def _read(self) -> str:
-        """Return the text of the file, which is "" if it is new.
+    def _read(self) -> str | None:
+        """Return the text of the file, or None if there is none yet.
 
         Raises InvalidRequestError, also if the file could not be replaced later.
         """
         import tempfile
 
         if self._path is None:
-            return ""
+            return None
         try:
             tempfile.TemporaryFile(dir=os.path.dirname(self._path)).close()
         except OSError as error:
@@ -1726,7 +1727,7 @@ class Conversation:
             raise InvalidRequestError(message) from None
         if os.path.exists(self._path) and not os.path.isfile(self._path):
             raise InvalidRequestError(f"{self._path}: not a regular file")
-        return read_file(self._path) if os.path.exists(self._path) else ""
+        return read_file(self._path) if os.path.exists(self._path) else None
 
     def save(self, messages: list[JSON]) -> None:
         """Go on from these messages, and replace the file in one step.
@@ -2021,9 +2022,12 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(AttributeError):  # it is closed
             file.reconfigure(encoding="utf-8", errors="replace")
     try:
-        return run(parse_options(sys.argv[1:] if argv is None else argv))
-    except SystemExit as end:  # of -h and --version
-        return int(end.code or 0)
+        try:
+            return run(parse_options(sys.argv[1:] if argv is None else argv))
+        except SystemExit as end:  # of -h and --version
+            if sys.stdout is not None:
+                write_output("")
+            return int(end.code or 0)
     except KeyboardInterrupt:
         return 130
     except NemotronError as error:

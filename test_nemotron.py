@@ -2130,6 +2130,8 @@ class ProgramTests(MainCase):
                 status, _, err = program("--offline", "-n", "x", stdout=full)
             self.assertEqual(status, 1)
             self.assertIn("standard output: No space left on device", err)
+            with open("/dev/full", "w") as full:
+                self.assertEqual(program("-h", stdout=full)[0], 1)
         env["DEEPINFRA_BASE_URL"] = self.serve(
             sse(delta("part"), done=False, end="stall")
         ).url
@@ -2205,6 +2207,7 @@ class ConversationTests(MainCase):
 
     def test_bad_files(self):
         for text, expected in (
+            ("", "chat.json"),
             ("{}", "a list"),
             ("[1]", "messages[0]"),
             (json.dumps([USER, {"role": "x"}]), "messages[1]"),
