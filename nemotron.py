@@ -273,21 +273,10 @@ def dig(default: T, value: Any, *path: Any) -> T:
     return value if default is None or isinstance(value, type(default)) else default
 
 
-raw_decode = json.JSONDecoder().raw_decode  # which is what takes the time of loads()
-
-
-def parse_json(text: str) -> Any:
-    """Return the value of a JSON text without white space around it."""
-    value, end = raw_decode(text)
-    if end != len(text):
-        raise ValueError("more than JSON")
-    return value
-
-
 def read_json(text: str) -> Any:
     """Return the value of a JSON text, or the text itself if it is not JSON."""
     try:
-        return parse_json(text.strip())
+        return json.loads(text)
     except (ValueError, RecursionError):
         return text
 
@@ -377,6 +366,7 @@ STOP_TOKEN = "</s>"  # the model's own; the provider sends it as the last piece 
 INCOMPLETE = ("length", "content_filter", "abort", "error")  # values of finish_reason
 RUNNING_TEXT = ("content", "reasoning_content", "reasoning", "refusal", "arguments")
 MAX_DEPTH = 100  # levels of nesting in a chunk
+raw_decode = json.JSONDecoder().raw_decode  # loads() without its look for white space
 # The keys of a chunk that only brings text.
 PLAIN_CHOICE, PLAIN_MESSAGE = {"index", "delta", "finish_reason"}, {"role", "content"}
 # What code that expects a chunk raises for JSON of another shape.
@@ -1023,7 +1013,11 @@ class Stream:
     def _take(self, name: str, data: str) -> tuple[JSON, str]:
         """Merge the chunk of an event.  Raises ReplyError for anything else."""
         try:
-            chunk = {"error": read_json(data)} if name == "error" else parse_json(data)
+            if name == "error":
+                data = json.dumps({"error": read_json(data)})
+            chunk, end = raw_decode(data)
+            if end < len(data):
+                raise ValueError
             problem = find_failure(chunk)
             if not problem:
                 return chunk, self._merger.add(chunk)
@@ -1068,10 +1062,6 @@ def batch(
 
 
 # ----------------------------------------------------------------------------- Batch
-
-
-class DuplicateError(InvalidRequestError, code="duplicate_custom_id", status=2):
-    """The custom_id of a request was used before."""
 
 
 def read_request(item: Any, defaults: JSON) -> JSON:
@@ -1327,7 +1317,9 @@ class Batch:
                 raise InvalidRequestError("custom_id must be a string")
             name = row["custom_id"] = name if own is None else own
             if name in self._names:
-                raise DuplicateError(f"custom_id {name} was used before")
+                duplicate = InvalidRequestError(f"custom_id {name} was used before")
+                duplicate.code = "duplicate_custom_id"
+                raise duplicate
             self._names.update([name] if own is not None else [])
             body = json.loads(to_json(read_request(item, self._params)))
             row["request"] = self.client._redact(body)
