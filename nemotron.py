@@ -184,6 +184,9 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     ),
     "a list of objects": lambda value: is_list_of(dict, value),
     "an object": lambda value: isinstance(value, dict),
+    "an object without messages, model and stream": lambda value: (
+        isinstance(value, dict) and not {"messages", "model", "stream"} & set(value)
+    ),
 }
 
 
@@ -214,7 +217,7 @@ response_format    | an object  | | | such as {"type": "json_object"}""")
 SETTINGS = read_table("""\
 model    | a string   |                  | | belongs to chat() or Client()
 system   | a string   |                  | | belongs to chat()
-extra    | an object  |                  | | belongs to chat()
+extra    | an object without messages, model and stream | | | belongs to chat()
 base_url | a string   |                  | | belongs to Client()
 token    | a string   |                  | | belongs to Client()
 timeout  | a number   | 0 < x <= 1000000 | | belongs to Client()
@@ -354,9 +357,6 @@ def build_request(
     if stream:
         body["stream"] = True
     fields = given.pop("extra", {})
-    for name in ("messages", "model", "stream"):
-        if name in fields:
-            raise InvalidRequestError(f"{name} cannot be set by extra, or -o")
     return {**body, **given, **fields}
 
 
