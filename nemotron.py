@@ -12,7 +12,7 @@ One file, standard library only.  A reply is complete, or it is an error.
     $ python3 nemotron.py 'Name two techniques to cook lamb.'
     >>> nemotron.chat("Name two techniques to cook lamb.").text
 
-Each section uses those above it; nothing above "Client" does any I/O.
+Nothing above the section "Client" does any I/O.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def escape_controls(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return the text as one line that is safe to print, of MAX_MESSAGE characters."""
+    """Return the text as one line, safe to print, of at most MAX_MESSAGE characters."""
     line = escape_controls(" ".join(text[: 4 * MAX_MESSAGE].split()))
     return line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "..."
 
@@ -110,7 +110,7 @@ def describe(error: BaseException) -> str:
 class NemotronError(Exception):
     """Base class of the errors; str() of one is a single line."""
 
-    code = "error"  # its name in the rows of a batch
+    code = "error"  # in the rows of a batch
     exit_status = 1  # of the command line
     retryable = False  # whether the same request may succeed later
     status_code: int | None = None
@@ -121,11 +121,13 @@ class NemotronError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
 
-    def __init_subclass__(cls, code: str, status: int = 1) -> None:
-        cls.code, cls.exit_status = code, status
+    def __init_subclass__(cls, code: str = "error", exit_status: int = 1) -> None:
+        cls.code, cls.exit_status = code, exit_status
 
 
-class InvalidRequestError(NemotronError, ValueError, code="invalid_request", status=2):
+class InvalidRequestError(
+    NemotronError, ValueError, code="invalid_request", exit_status=2
+):
     """The caller's mistake; nothing was sent."""
 
 
@@ -141,11 +143,11 @@ class APIStatusError(NemotronError, code="api_status"):
     """The server answered with a status other than 200."""
 
 
-class AuthenticationError(APIStatusError, code="authentication", status=4):
+class AuthenticationError(APIStatusError, code="authentication", exit_status=4):
     """Status 401, 402 or 403; or no usable token, and status_code is None."""
 
 
-class RateLimitError(APIStatusError, code="rate_limit", status=5):
+class RateLimitError(APIStatusError, code="rate_limit", exit_status=5):
     """Status 429 or 503: the server is busy."""
 
 
@@ -157,7 +159,7 @@ class ReplyError(NemotronError, code="reply"):
         self.partial = Completion()
 
 
-class IncompleteReplyError(ReplyError, code="incomplete_reply", status=3):
+class IncompleteReplyError(ReplyError, code="incomplete_reply", exit_status=3):
     """The stream stopped before the reply ended; partial is what was received."""
 
 
@@ -198,10 +200,11 @@ def read_table(text: str) -> list[list[str]]:
 # Names, ranges and the server's defaults are those of the provider's page of the model,
 # which prints the bound of seed, 2**63, as JavaScript does.  stop, n, tools and
 # response_format are in its OpenAPI file only.
+# name | kind | limits | server's default | help
 PARAMETERS = read_table("""\
 temperature        | a number   | 0 <= x <= 2       | 1 | lower is more focused
 top_p              | a number   | 0 < x <= 1        | 1 | probability to sample from
-min_p              | a number   | 0 <= x <= 1       | 0 | least share of the likeliest
+min_p              | a number   | 0 <= x <= 1       | 0 | relative to the likeliest
 top_k              | an integer | 0 <= x < 1000     | 0 | how many to choose from
 max_tokens         | an integer | 0 <= x <= 1000000 |   | most tokens to generate
 presence_penalty   | a number   | -2 <= x <= 2      | 0 | above 0: more new topics
@@ -214,7 +217,8 @@ stop               | a string or a list of 1 to 16 | | | end the reply before th
 n                  | an integer | 1 <= x <= 4       | 1 | number of replies
 tools              | a list of objects |            |   | functions that it may call
 response_format    | an object  | | | such as {"type": "json_object"}""")
-SETTINGS = read_table("""\
+# Names that are no parameters of a request; the last column says what they are.
+OTHER_NAMES = read_table("""\
 model    | a string   |                  | | belongs to chat() or Client()
 system   | a string   |                  | | belongs to chat()
 extra    | an object without messages, model and stream | | | belongs to chat()
@@ -227,34 +231,35 @@ jobs     | an integer | 1 <= x <= 200    | | belongs to batch()
 output   | a string   |                  | | belongs to batch()
 stream   |            |                  | | is chosen by calling stream()
 max_cost | a number   | 0 <= x <= 1000000 | | belongs to the command line""")
-ROWS = {row[0]: row for row in PARAMETERS + SETTINGS}
+SPECS = {row[0]: row for row in PARAMETERS + OTHER_NAMES}
 PARAMETER_NAMES = [row[0] for row in PARAMETERS]
 REQUEST_NAMES = [*PARAMETER_NAMES, "model", "system", "extra"]
 
 
 def check_value(name: str, value: Any) -> None:
     """Raise InvalidRequestError unless a value fits its row of the tables."""
-    _, kind, limits, _, _ = ROWS[name]
+    _, kind, limits, _, _ = SPECS[name]
     valid = KINDS[kind](value)
     if valid and limits:
-        low, above, _, below, high = limits.split()
+        low, low_sign, _, high_sign, high = limits.split()
         less = {"<": operator.lt, "<=": operator.le}
-        valid = less[above](float(low), value) and less[below](value, float(high))
+        above = less[low_sign](float(low), value)
+        valid = above and less[high_sign](value, float(high))
     if not valid:
         expected, got = f"{kind}, {limits}".rstrip(", "), reprlib.repr(value)
         raise InvalidRequestError(f"{name} must be {expected}; got {got}")
 
 
 def check_parameters(values: Any) -> JSON:
-    """Return those that are not None.  Raises InvalidRequestError."""
+    """Return the values that are not None.  Raises InvalidRequestError."""
     for name, value in values.items():
         if name not in REQUEST_NAMES:
             import difflib
 
             nearest = difflib.get_close_matches(name, REQUEST_NAMES, 1, 0.0)[0]
             advice = f"did you mean {nearest}? (undocumented fields go into extra)"
-            if name in ROWS:
-                advice = f"it {ROWS[name][-1]}"
+            if name in SPECS:
+                advice = f"it {SPECS[name][-1]}"
             raise InvalidRequestError(
                 f"{name:.80} is not a request parameter: {advice}"
             )
@@ -366,11 +371,11 @@ STOP_TOKEN = "</s>"  # the model's own; the provider sends it as the last piece 
 INCOMPLETE = ("length", "content_filter", "abort", "error")  # values of finish_reason
 RUNNING_TEXT = ("content", "reasoning_content", "reasoning", "refusal", "arguments")
 MAX_DEPTH = 100  # levels of nesting in a chunk
-raw_decode = json.JSONDecoder().raw_decode  # loads() without its look for white space
+raw_decode = json.JSONDecoder().raw_decode  # faster than json.loads()
 # The keys of a chunk that only brings text.
 PLAIN_CHOICE, PLAIN_MESSAGE = {"index", "delta", "finish_reason"}, {"role", "content"}
-# What code that expects a chunk raises for JSON of another shape.
-ODD_SHAPE = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
+# What code that expects a chunk raises for JSON of another shape
+SHAPE_ERRORS = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
 class Reply(dict[str, "Any"]):
@@ -476,11 +481,12 @@ def merge(target: Any, source: JSON, depth: int = 0) -> None:
 
 
 def unmerge(value: Any) -> Any:
-    """Return what was merged as JSON."""
+    """Return what was merged, in plain lists, strings and objects."""
     if isinstance(value, bytearray):
         return value.decode("utf-8", "surrogatepass")
     if isinstance(value, MergedList):
-        return [unmerge(item) for item in value.values()]
+        # Items without an index came as they are.
+        return [i if type(key) is object else unmerge(i) for key, i in value.items()]
     if isinstance(value, dict):
         return {key: unmerge(item) for key, item in value.items()}
     return value
@@ -493,7 +499,7 @@ class ChunkMerger:
         self.choices: dict[Any, JSON] = {}  # by index
         self.is_finished = False  # whether every choice that came has a finish_reason
         self._finished: set[Any] = set()  # the indexes of those that have one
-        self._stop_tokens: dict[Any, str] = {}  # by index; text, if text follows
+        self._stop_tokens: dict[Any, str] = {}  # by index; it is text if more follows
         self._texts: dict[Any, bytearray | None] = {}  # the content of each choice
         self._head: JSON = {}  # all of the reply but its choices
         self._last_head: JSON = {}  # of the last chunk; most of it stays the same
@@ -501,7 +507,7 @@ class ChunkMerger:
     def add(self, chunk: JSON) -> str:
         """Merge a chunk, and return the text that it adds to choice 0.
 
-        The choices are final once all are finished.  Raises ODD_SHAPE.
+        The choices are final once all are finished.  Raises SHAPE_ERRORS.
         """
         head, new_text = {**chunk, "choices": None}, ""
         if head != self._last_head:
@@ -597,7 +603,7 @@ def split_events(lines: Iterator[bytes]) -> Iterator[tuple[str, str]]:
         elif not line:
             name = ""
     rest = b"\n".join(data).decode("utf-8", "replace").strip()
-    if name == "error" or rest == "[DONE]" or read_json(rest) is not rest:
+    if name == "error" or rest == "[DONE]" or read_json(rest) is not rest:  # or torn
         yield name, rest
 
 
@@ -610,7 +616,7 @@ OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 LOOPBACK = rf"(?P<loopback>localhost|127(?:\.{OCTET}){{3}}|\[::1\])"
 HOST = rf"(?P<host>{LOOPBACK}|[\w.-]+|\[[0-9a-f:.]+\])"
 PATH = r"(?:/[\w./~%+:@!$&'()*,;=-]*)?"
-URL = rf"(?ai)(?P<scheme>https?)://{HOST}(?::(?P<port>\d+))?{PATH}"
+URL = rf"(?ai)(?P<scheme>https?)://{HOST}(?::(?P<port>\d{{1,5}}))?{PATH}"
 JSON_PADDING = b"\xef\xbb\xbf \t\r\n"  # a BOM and white space may come before JSON
 TOKEN_NAMES = ("DEEPINFRA_TOKEN", "DEEPINFRA_API_KEY", "DEEPINFRA_API_TOKEN")
 HTTPException = http.client.HTTPException
@@ -638,12 +644,13 @@ def log_warning(message: str) -> None:
 class Exchange:
     """One call: it owns the deadline, the attempts, and what exceptions become."""
 
-    def __init__(self, client: Client, body: JSON, retries: int = 2) -> None:
+    def __init__(self, client: Client, body: JSON, default_retries: int = 2) -> None:
         self.client, self.request_id = client, None
         self.redacted: Any = None  # the reply without the token, for a row
         self.received = 0  # bytes of the body, or since the last event
         self.deadline = client._clock() + (client.deadline or math.inf)
-        self._retries = retries if client.retries is None else client.retries
+        default = default_retries
+        self._retries = default if client.retries is None else client.retries
         self._retried = 0
         self._payload = to_json(body).encode("ascii")
 
@@ -661,7 +668,7 @@ class Exchange:
                 cause.args = self.client._redact(cause.args)
                 is_own = isinstance(cause, NemotronError)
                 error: Any = cause if is_own else self._connection_error(cause)
-                if response:
+                if response is not None:
                     response.close()
                     error.status_code = response.status
                     error.request_id = self.request_id
@@ -774,7 +781,7 @@ class Exchange:
             problem = find_failure(reply)
             if not problem and all(c["message"] for c in reply["choices"] or [{}]):
                 return Completion(reply)
-        except ODD_SHAPE:
+        except SHAPE_ERRORS:
             problem = server_message(reply)
         problem = self.client._redact(problem or "not a chat completion")
         error = ReplyError(f"the server did not send a reply: {problem}")
@@ -887,7 +894,7 @@ class Client:
         return {**headers, **bearer}
 
     def _redact(self, value: Any) -> Any:
-        """Return JSON without the token, unless that is short (it may be a word)."""
+        """Return JSON without the token, if that has 8 characters or more."""
         if isinstance(value, dict):
             return {self._redact(k): self._redact(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
@@ -899,7 +906,7 @@ class Client:
         return value
 
     def _open(self, payload: bytes, timeout: float) -> Any:
-        """Send a request with an opener that does HTTP and nothing else."""
+        """Send a request; follow no redirect, and open no file."""
         request = urllib.request.Request(self._url, payload)
         for name, value in self._headers().items():
             request.add_unredirected_header(name, value)
@@ -965,7 +972,7 @@ class Stream:
         """Read the rest, and return the whole reply, with what was read before."""
         collections.deque(self.chunks(), maxlen=0)
         if not (self._is_complete or self._merger.is_finished):
-            raise self._fail(ConnectionError("the stream was closed"))
+            raise self._keep_error(ConnectionError("the stream was closed"))
         return self._merger.completion()
 
     def _read(self) -> Generator[tuple[JSON, str], None, None]:
@@ -982,9 +989,8 @@ class Stream:
                         break
                     if data in ("", "null") or data.startswith(":"):
                         continue  # it keeps the connection alive
-                was_finished = merger.is_finished
-                yield self._take(name, data)
-                if merger.is_finished and not was_finished:
+                yield self._merge_event(name, data)
+                if merger.is_finished:  # the first time sets the end
                     end = exchange.client._clock() + GRACE
                     exchange.deadline = min(exchange.deadline, end)
         except (ReplyError, *FAILURES) as error:
@@ -993,7 +999,7 @@ class Stream:
             self._response.close()
         self._is_complete = merger.is_finished or done and bool(merger.choices)
         if not self._is_complete:
-            raise self._fail(problem)
+            raise self._keep_error(problem)
 
     def _events(self) -> Iterator[tuple[str, str]]:
         """Yield the events of the body; it may also be one JSON reply, or HTML."""
@@ -1010,7 +1016,7 @@ class Stream:
         text = b"".join(pieces).decode("utf-8-sig", "replace").strip()
         return iter([("", text), ("", "[DONE]")])
 
-    def _take(self, name: str, data: str) -> tuple[JSON, str]:
+    def _merge_event(self, name: str, data: str) -> tuple[JSON, str]:
         """Merge the chunk of an event.  Raises ReplyError for anything else."""
         try:
             if name == "error":
@@ -1022,11 +1028,11 @@ class Stream:
             if not problem:
                 return chunk, self._merger.add(chunk)
             message = f"the server failed: {problem}"
-        except ODD_SHAPE:
+        except SHAPE_ERRORS:
             message = f"the server sent an odd chunk: {server_message(data) or 'HTML'}"
         raise ReplyError(self._exchange.client._redact(message))
 
-    def _fail(self, problem: Exception) -> Any:
+    def _keep_error(self, problem: Exception) -> Any:
         """Return the error for a stream that stopped before its end, and keep it."""
         problem.args = self._exchange.client._redact(problem.args)
         error: Any = problem
@@ -1165,8 +1171,8 @@ class Checkpoint:
 
         return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).digest()
 
-    def take(self, row: JSON, is_named: bool) -> bool:
-        """Whether the request of this row has a row already, which counts only once."""
+    def claim(self, row: JSON, is_named: bool) -> bool:
+        """Use up an earlier row of this request; return whether there was one."""
         names = self._answered.get(self._key(row["request"]), collections.Counter())
         name = row["custom_id"]
         if names[name] < 1 and not is_named:
@@ -1204,7 +1210,7 @@ class Batch:
     def __init__(
         self, client: Client, source: Any, jobs: int, output: str | None, params: Any
     ) -> None:
-        import logging  # noqa: F401 (before files may run out)
+        import logging  # noqa: F401 (now, as it opens files)
         import queue
 
         output = os.fspath(output) if isinstance(output, os.PathLike) else output
@@ -1230,6 +1236,8 @@ class Batch:
 
     def rows(self, numbered: Any, parse: Any = lambda item: item) -> Iterator[JSON]:
         """Yield the rows as they come; then raise what has ended the batch early."""
+        import queue
+
         self._numbered, self._parse, consumed = iter(numbered), parse, 0
         try:
             for started in range(self._jobs):
@@ -1240,11 +1248,13 @@ class Batch:
                         raise NemotronError(f"no thread: {error}") from None
                     break
             while not self._has_ended or consumed < self._taken:
+                row = None
                 try:
-                    row = self._rows.get()
+                    row = self._rows.get(timeout=0.5)  # Ctrl-C is noticed in between
+                except queue.Empty:
+                    continue
                 except KeyboardInterrupt as error:
                     self.stop(error)
-                    row = None
                 if row:
                     consumed += 1
                     yield row
@@ -1275,7 +1285,7 @@ class Batch:
         try:
             while self._slots.acquire():
                 with self._source_lock:
-                    row, body = self._take()
+                    row, body = self._next_request()
                 if body:
                     self._answer(row, body)
                 if not row or self.stopped.is_set():
@@ -1286,7 +1296,7 @@ class Batch:
         except BaseException as error:  # the output is full, or no memory is left
             self.stop(error)
 
-    def _take(self) -> tuple[JSON, JSON]:
+    def _next_request(self) -> tuple[JSON, JSON]:
         """Take the next request; return its row, and the body to send, if there is one.
 
         Both are empty at the end.  Taking and counting are one step, under the lock.
@@ -1299,7 +1309,7 @@ class Batch:
                 break
             row, body = self._prepare(f"line-{number}", item)
             is_named = row["custom_id"] != f"line-{number}"
-            if body and self._output and self._output.take(row, is_named):
+            if body and self._output and self._output.claim(row, is_named):
                 self.skipped += 1
                 continue
             self._taken += 1
@@ -1352,11 +1362,11 @@ class BatchExchange(Exchange):
     """A call of a batch, whose workers share the pauses that a busy server needs."""
 
     def __init__(self, batch: Batch, body: JSON) -> None:
-        super().__init__(batch.client, body, retries=6)
+        super().__init__(batch.client, body, default_retries=6)
         self._batch, self._paused, self._sent_at = batch, 0.0, 0.0
 
     def _wait(self, seconds: float) -> None:
-        """Wait, and until the pause is over, but not past the deadline."""
+        """Wait these seconds, and for the pause, but not past the deadline."""
         clock, batch = self.client._clock, self._batch
         until = clock() + seconds
         while (left := min(max(until, batch.not_before), self.deadline) - clock()) > 0:
@@ -1430,7 +1440,7 @@ def offline(**settings: Any) -> Iterator[Client]:
             pass  # the client has gone
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        # It looks every 0.01 seconds whether it is to stop.
+        # It polls for the shutdown every 0.01 seconds.
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/v1/openai"
         try:
@@ -1451,8 +1461,7 @@ def echo(body: Any) -> Iterator[JSON]:
         prompt = text if message["role"] == "user" else prompt
     words = re.findall(r"\s*\S+|\s+$", prompt)
     usage = {"prompt_tokens": sent, "completion_tokens": len(words)}
-    usage["total_tokens"] = usage["estimated_cost"] = 0
-    usage["total_tokens"] = sum(usage.values())
+    usage.update(total_tokens=sent + len(words), estimated_cost=0)
     head: JSON = {
         "id": f"chatcmpl-{os.urandom(12).hex()}",
         "model": dig("", body, "model"),
@@ -1508,7 +1517,7 @@ connection | --retries         | N    | default: 2, in a batch 6
 connection | --offline         |      | use a built-in server that echoes the prompt"""
 
 
-def write_error(text: str) -> None:
+def write_stderr(text: str) -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed
         sys.stderr.write(text)
         sys.stderr.flush()
@@ -1516,7 +1525,7 @@ def write_error(text: str) -> None:
 
 def warn(message: object) -> None:
     """Write one line to standard error."""
-    write_error(f"nemotron: {one_line(str(message))}\n")
+    write_stderr(f"nemotron: {one_line(str(message))}\n")
 
 
 def number(text: str) -> float:
@@ -1524,7 +1533,7 @@ def number(text: str) -> float:
 
 
 def utf8(text: str) -> str:
-    """Return an argument that Python did not take for UTF-8 as UTF-8."""
+    """Return an argument decoded as UTF-8, whatever the locale."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8")
 
 
@@ -1536,9 +1545,9 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
         def error(self, message: str) -> Any:
             raise InvalidRequestError(f"{message} (-h shows the options)")
 
-    name = os.path.basename(sys.argv[0])
+    program = os.path.basename(sys.argv[0])
     parser = Parser(
-        prog="nemotron.py" if name[:1] in ("", "-") else name,
+        prog="nemotron.py" if program[:1] in ("", "-") else program,
         usage="%(prog)s [options] [PROMPT ...]",
         description="Send PROMPT, and standard input if it is not a terminal, to\n"
         f"{MODEL} or any OpenAI-compatible endpoint.\nThe token is in DEEPINFRA_TOKEN.",
@@ -1550,7 +1559,7 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--version", action="version", version=__version__)
     rows = read_table(OPTIONS)
     for name, _, limits, _, text in PARAMETERS:
-        if name not in ("n", "tools", "response_format"):
+        if name not in ("n", "tools", "response_format"):  # which need -o
             flag, kind = f"--{name.replace('_', '-')}", "N" if limits else "TEXT"
             rows.append(["sampling", flag, kind, f"{text}; {limits}".rstrip("; ")])
     for title, group in itertools.groupby(rows, operator.itemgetter(0)):
@@ -1574,12 +1583,12 @@ def parse_options(argv: list[str]) -> argparse.Namespace:
 def check_options(options: argparse.Namespace) -> None:
     """Raise InvalidRequestError for options that do not go together."""
     is_batch = options.batch is not None
-    given = {k for k, value in vars(options).items() if value not in (None, False)}
+    given = {k for k, v in vars(options).items() if v is not None and v is not False}
     single, several = "conversation interactive dry_run json", "output jobs max_cost"
     wrong = given & set((single if is_batch else several).split())
     if wrong:
         reason = "does not go with" if is_batch else "needs"
-        raise InvalidRequestError(f"{min(wrong).replace('_', '-')} {reason} --batch")
+        raise InvalidRequestError(f"--{min(wrong).replace('_', '-')} {reason} --batch")
     if {"interactive", "dry_run"} <= given:
         raise InvalidRequestError("--dry-run does not go with -i")
     if sys.stdout is None and options.output is None:
@@ -1732,7 +1741,7 @@ class Conversation:
             text = json.dumps(messages, indent=1) + "\n"
             try:
                 self._replace(path, os.path.dirname(path), text.encode("ascii"))
-            except OSError as error:
+            except (OSError, InvalidRequestError) as error:
                 raise NemotronError(f"{path}: {describe(error)}") from error
             self._text = text
         self.messages = messages
@@ -1815,10 +1824,10 @@ def read_turns(words: list[str], no_stdin: bool) -> Iterator[str]:
             if is_terminal(sys.stdout):
                 yield input("> ")
             else:
-                write_error("> ")
+                write_stderr("> ")
                 yield sys.stdin.readline() or "exit"
         except (KeyboardInterrupt, EOFError) as error:
-            write_error("\n")
+            write_stderr("\n")
             if isinstance(error, EOFError):
                 return
 
@@ -1925,7 +1934,7 @@ class Progress:
             import shutil
 
             width = (shutil.get_terminal_size().columns or 80) - 1
-            write_error("\r" + text[:width].ljust(width) + "\r")
+            write_stderr("\r" + text[:width].ljust(width) + "\r")
 
     def status(self) -> int:
         return 1 if self._codes else 3 if self._truncated or self.has_stopped else 0
@@ -1941,7 +1950,7 @@ def parse_line(template: str, line: bytes) -> Any:
 
 
 def read_lines(file: Any, progress: Progress) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not empty, and their numbers, until it is to stop."""
+    """Yield the lines that are not empty, with their numbers, until progress stops."""
     for number, line in enumerate(file, 1):
         if line.strip() and progress.stop_reason:
             progress.has_stopped = True
@@ -1959,7 +1968,7 @@ def run_batch(client: Client, options: argparse.Namespace, params: JSON) -> int:
         file = open_input(options.batch)
     except OSError as error:
         raise InvalidRequestError(f"{options.batch}: {describe(error)}") from None
-    if is_terminal(sys.stderr) and os.path.isfile(options.batch):
+    if is_terminal(sys.stderr) and options.batch != "-" and file.seekable():
         total = sum(1 for line in file if line.strip())
         file.seek(0)
     progress = Progress(total, options.max_cost)
@@ -1967,17 +1976,17 @@ def run_batch(client: Client, options: argparse.Namespace, params: JSON) -> int:
     batch = Batch(client, file, jobs, options.output, params)
     rows = batch.rows(read_lines(file, progress), lambda x: parse_line(template, x))
 
-    def take_rows() -> None:
+    def drain() -> None:
         for row in rows:
             if options.output is None:
                 write_output(json.dumps(row) + "\n")
             progress.add(row, batch.skipped)
 
     try:
-        take_rows()
+        drain()
     except KeyboardInterrupt as error:
         batch.stop(error)
-        take_rows()  # those that are complete
+        drain()  # those that are complete
         raise
     finally:
         progress.draw("")
@@ -2018,7 +2027,7 @@ def main(argv: list[str] | None = None) -> int:
             return run(parse_options(sys.argv[1:] if argv is None else argv))
         except SystemExit as end:  # of -h and --version
             if sys.stdout is not None:
-                write_output("")
+                write_output("")  # which flushes
             return int(end.code or 0)
     except KeyboardInterrupt:
         return 130
