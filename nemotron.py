@@ -522,26 +522,38 @@ class ChunkMerger:
             self.is_finished = 0 < len(self.choices) == len(self._finished)
         return new_text
 
+    def add_text(self, chunk: JSON) -> str | None:
+        """Do the same, in half the time, for a chunk that only brings more text.
+
+        Return None, and do nothing, for any other chunk.
+        """
+        choices: list[Any] = chunk.get("choices") or []
+        if len(choices) != 1 or {**chunk, "choices": None} != self._last_head:
+            return None
+        choice = choices[0]
+        if choice.keys() != PLAIN_CHOICE or choice["finish_reason"] or self.is_finished:
+            return None
+        message, content = choice["delta"] or {}, self._texts.get(choice["index"])
+        if content is None or message.keys() - PLAIN_MESSAGE or self._stop_tokens:
+            return None
+        text: str = message.get("content") or ""
+        if text == STOP_TOKEN:
+            return None
+        content += text.encode("utf-8", "surrogatepass")
+        return text if choice["index"] == 0 else ""
+
     def _add_choice(self, choice: JSON, index: Any) -> str:
         """Merge one choice of a chunk, and return the text that it adds to choice 0."""
         if not isinstance(index, int):
             raise TypeError
         message = choice.get("delta") or choice.get("message") or {}
         text: str = message.get("content") or ""
-        if text == STOP_TOKEN or text and self._stop_tokens:
+        if text:
             before = self._stop_tokens.pop(index, "")
             if text == STOP_TOKEN:
                 self._stop_tokens[index], text = text, ""
             text = before + text
             message = {**message, "content": text}
-        old_text = self._texts.get(index)
-        if (
-            old_text is not None
-            and choice.keys() == PLAIN_CHOICE
-            and not (choice["finish_reason"] or message.keys() - PLAIN_MESSAGE)
-        ):
-            old_text += text.encode("utf-8", "surrogatepass")  # as merge() does, faster
-            return text if index == 0 else ""
         whole = self.choices.setdefault(index, {})
         rest = {k: v for k, v in choice.items() if k not in ("delta", "message")}
         merge(whole, {**rest, "index": index, "message": message})
@@ -1024,6 +1036,9 @@ class Stream:
             chunk, end = raw_decode(data)
             if end < len(data):
                 raise ValueError
+            text = self._merger.add_text(chunk)
+            if text is not None:
+                return chunk, text
             problem = find_failure(chunk)
             if not problem:
                 return chunk, self._merger.add(chunk)
