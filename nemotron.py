@@ -1833,7 +1833,8 @@ def read_turns(words: list[str], no_stdin: bool) -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # which input() then uses
 
-        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one turn
+        editor: Any = readline  # which Windows has from elsewhere
+        editor.parse_and_bind("set enable-bracketed-paste on")  # a paste is one turn
     while True:
         try:
             if is_terminal(sys.stdout):
