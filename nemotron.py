@@ -459,6 +459,8 @@ def merge(target: Any, source: JSON, depth: int = 0) -> None:
         raise RecursionError
     for key, value in source.items():
         old = target.get(key)
+        if isinstance(old, bytearray) and isinstance(value, (dict, list)):
+            raise TypeError("text has become something else")
         if isinstance(value, dict):
             if type(old) is not dict:
                 old = target[key] = {}
@@ -554,7 +556,7 @@ class ChunkMerger:
                 self._stop_tokens[index], text = text, ""
             text = before + text
             message = {**message, "content": text}
-        whole = self.choices.setdefault(index, {})
+        whole = self.choices.setdefault(index, {"index": index, "message": {}})
         rest = {k: v for k, v in choice.items() if k not in ("delta", "message")}
         merge(whole, {**rest, "index": index, "message": message})
         found = whole["message"].get("content")
@@ -1680,6 +1682,8 @@ def open_input(path: str) -> Any:
         return open(path, "rb")
     # Not the buffer of sys.stdin, which a thread may still hold when the program ends.
     file = open(os.dup(sys.stdin.fileno()) if sys.stdin else os.devnull, "rb")
+    with contextlib.suppress(OSError, AttributeError):  # Windows, until 3.12
+        os.set_blocking(file.fileno(), True)  # or silence would be taken for the end
     note = "waiting for standard input (-n leaves it alone)"
     timer = threading.Timer(2.0, warn, [note])
     timer.daemon = True

@@ -169,7 +169,7 @@ class Server:
         return Request(line, headers, body, prompt)
 
     def _send(self, connection, reply):
-        if not reply:
+        if not isinstance(reply, tuple):  # the connection is closed
             return
         headers = dict(reply.headers)
         if reply.framing == "length":
@@ -699,6 +699,30 @@ class StreamTests(Case):
             stream = self.stream(delta("a"), event, END)
             error = self.error(nemotron.ReplyError, read, stream, says="Boom")
             self.assertEqual(error.partial.text, "a")
+
+    def test_an_odd_chunk_after_text_keeps_the_text(self):
+        odd_choice = {"index": 1, "reasoning": 5, "delta": {"content": "x"}}
+        for part in ({"content": []}, {"content": {}}, odd_choice):
+            odd = {"index": 0, "delta": part, "finish_reason": "stop"}
+            odd = {"choices": [part if part is odd_choice else odd]}
+            stream = self.serve(sse(delta("answer"), odd)).client().stream("x")
+            with self.subTest(part):
+                error = self.error(nemotron.ReplyError, stream.completion)
+                self.assertEqual(error.partial.text, "answer")
+
+    @unittest.skipUnless(hasattr(os, "set_blocking") and os.name == "posix", "pipes")
+    def test_standard_input_that_does_not_block_is_read_to_its_end(self):
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        command = [sys.executable, HERE / "nemotron.py", "--offline", "--batch", "-"]
+        process = subprocess.Popen(command, stdin=reader, stdout=-1, stderr=-1)
+        os.close(reader)
+        os.write(writer, b"one\n")
+        first = process.stdout.readline()
+        os.write(writer, b"late\n")
+        os.close(writer)
+        rest, _ = process.communicate(timeout=60)
+        self.assertEqual((first + rest).count(b"\n"), 2)
 
     def test_a_deep_item_without_an_index(self):
         deep = '{"a":' * 600 + "1" + "}" * 600
