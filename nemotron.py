@@ -655,6 +655,20 @@ def log_warning(message: str) -> None:
     logging.getLogger("nemotron").warning("nemotron: %s", one_line(message))
 
 
+class TimedSocket:
+    """A socket that asks before every read for how long it may wait."""
+
+    def __init__(self, sock: Any, timeout: Callable[[], float]) -> None:
+        self._sock, self._timeout = sock, timeout
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sock, name)
+
+    def recv_into(self, buffer: Any) -> int:
+        self._sock.settimeout(self._timeout())
+        return int(self._sock.recv_into(buffer))
+
+
 class Exchange:
     """One call: it owns the deadline, the attempts, and what exceptions become."""
 
@@ -716,9 +730,10 @@ class Exchange:
     def pieces(self, response: Any) -> Iterator[bytes]:
         """Yield the body as it arrives.  Raises FAILURES."""
         while response.fp:
-            if self.deadline < math.inf:
+            raw = response.fp.raw
+            if self.deadline < math.inf and type(raw._sock) is not TimedSocket:
                 # The one way to bound a read of a body through urllib, in any Python.
-                response.fp.raw._sock.settimeout(self._read_timeout())
+                raw._sock = TimedSocket(raw._sock, self._read_timeout)
             piece = response.read1(65536)
             self.received += len(piece)
             if self.received > MAX_BYTES:
