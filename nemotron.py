@@ -107,6 +107,14 @@ def describe(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+def show(value: object) -> str:
+    """Return a short repr() of a value, or the name of its type if it has none."""
+    try:
+        return reprlib.repr(value)
+    except Exception:  # such as an integer of over 4,300 digits
+        return type(value).__name__
+
+
 class NemotronError(Exception):
     """Base class of the errors; str() of one is a single line."""
 
@@ -246,7 +254,7 @@ def check_value(name: str, value: Any) -> None:
         above = less[low_sign](float(low), value)
         valid = above and less[high_sign](value, float(high))
     if not valid:
-        expected, got = f"{kind}, {limits}".rstrip(", "), reprlib.repr(value)
+        expected, got = f"{kind}, {limits}".rstrip(", "), show(value)
         raise InvalidRequestError(f"{name} must be {expected}; got {got}")
 
 
@@ -300,7 +308,7 @@ def to_json(value: object) -> str:
 def check_messages(messages: Any) -> list[JSON]:
     """Return copies of the messages.  Raises InvalidRequestError, which names one."""
     if not isinstance(messages, (list, tuple)):
-        got = reprlib.repr(messages)
+        got = show(messages)
         raise InvalidRequestError(f"messages must be a string or a list; got {got}")
     systems = 0
     for index, message in enumerate(messages):
@@ -318,7 +326,7 @@ def check_messages(messages: Any) -> list[JSON]:
             valid = isinstance(content, str) or content and is_list_of(dict, content)
             problem = "" if valid else "content must be a string or a list of objects"
         if problem:
-            got = reprlib.repr(message)
+            got = show(message)
             raise InvalidRequestError(f"messages[{index}]: {problem}; got {got}")
     return [dict(message) for message in messages]
 
@@ -730,10 +738,11 @@ class Exchange:
     def pieces(self, response: Any) -> Iterator[bytes]:
         """Yield the body as it arrives.  Raises FAILURES."""
         while response.fp:
-            raw = response.fp.raw
-            if self.deadline < math.inf and type(raw._sock) is not TimedSocket:
+            if self.deadline < math.inf:
                 # The one way to bound a read of a body through urllib, in any Python.
-                raw._sock = TimedSocket(raw._sock, self._read_timeout)
+                raw = response.fp.raw
+                if not isinstance(raw._sock, TimedSocket):
+                    raw._sock = TimedSocket(raw._sock, self._read_timeout)
             piece = response.read1(65536)
             self.received += len(piece)
             if self.received > MAX_BYTES:
@@ -864,6 +873,10 @@ class Client:
         if not 0 < port < 65536:
             raise InvalidRequestError("the port of the base URL must be 1 to 65535")
         self._token, self._is_loopback = token.strip(), bool(match["loopback"])
+        escaped = json.dumps(self._token)[1:-1]
+        unicode = "".join(f"\\u{ord(character):04x}" for character in self._token)
+        forms = [self._token, escaped, escaped.replace("/", "\\/"), unicode]
+        self._token_forms = forms if len(self._token) >= 8 else []  # else it is a word
         self._address = f"{match['host']}:{port}"
         self._url = self.base_url.rstrip("/") + "/chat/completions"
         self._opener: urllib.request.OpenerDirector | None = None
@@ -928,9 +941,8 @@ class Client:
             return {self._redact(k): self._redact(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)([self._redact(item) for item in value])
-        if isinstance(value, str) and len(self._token) >= 8:
-            escaped = json.dumps(self._token)[1:-1]
-            for form in (self._token, escaped, escaped.replace("/", "\\/")):
+        if isinstance(value, str):
+            for form in self._token_forms:
                 value = value.replace(form, "[token]")
         return value
 
@@ -1362,7 +1374,7 @@ class Batch:
                 duplicate = InvalidRequestError(f"custom_id {name} was used before")
                 duplicate.code = "duplicate_custom_id"
                 raise duplicate
-            self._names.update([name] if own is not None else [])
+            self._names.add(name)
             body = json.loads(to_json(read_request(item, self._params)))
             row["request"] = self.client._redact(body)
             return row, body

@@ -359,6 +359,11 @@ BAD_MESSAGES = {  # name: (messages, words of the error)
 
 
 class RequestTests(Case):
+    def test_an_integer_that_has_no_digits_to_show(self):
+        error = nemotron.InvalidRequestError
+        with self.assertRaisesRegex(error, "got int$"):
+            nemotron.build_request("x", seed=10**5000)
+
     def test_bounds_of_the_parameters(self):
         self.assertEqual(set(BOUNDS), {row[0] for row in nemotron.PARAMETERS})
         for name, (accepted, refused) in BOUNDS.items():
@@ -980,6 +985,7 @@ LEAKS = {
     "status line": answer("", status=f"x {TOKEN}"),
     "stream": sse(delta("a"), {"error": TOKEN}),
     "no JSON in a stream": sse(f"{{ {TOKEN}"),
+    "no JSON, all escaped": sse(f"{{ {ALL_ESCAPED}"),
 }
 
 
@@ -1164,6 +1170,12 @@ class BatchCase(Case):
 
 
 class BatchTests(BatchCase):
+    def test_a_name_may_be_neither_given_nor_made_twice(self):
+        requests = ["a", {"custom_id": "line-1", "prompt": "b"}]
+        rows = list(self.serve(echo).client().batch(requests, jobs=1))
+        codes = [(row["error"] or {}).get("code") for row in rows]
+        self.assertEqual(codes, [None, "duplicate_custom_id"])
+
     def test_rows(self):
         replies = {
             "a": answer({"error": "no"}, status=422, headers={"x-request-id": "r"}),
