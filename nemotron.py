@@ -1262,6 +1262,7 @@ class Batch:
         if output is not None:
             check_value("output", output)
         client._headers()
+        "localhost".encode("idna")  # which looking up a host needs, and loads
         self.client, self._jobs = client, jobs
         self._params = {"model": client.model, **check_parameters(params)}
         self._slots = threading.Semaphore(jobs)
@@ -1296,7 +1297,7 @@ class Batch:
                 try:
                     row = self._rows.get(timeout=0.5)  # Ctrl-C is noticed in between
                 except queue.Empty:
-                    continue
+                    pass
                 except KeyboardInterrupt as error:
                     self.stop(error)
                 if row:
@@ -1318,8 +1319,9 @@ class Batch:
 
     def stop(self, failure: BaseException | None = None) -> None:
         """Take no more requests, and do not wait for those in flight."""
-        self._end(failure)
-        self.stopped.set()
+        self._failure = self._failure or failure
+        self.stopped.set()  # first: the rest needs memory
+        self._end()
         for _ in range(self._jobs):  # for the workers that wait for a slot
             self._slots.release()
         if self._output:
