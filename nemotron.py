@@ -7,12 +7,10 @@
 # ///
 """Talk to Nemotron-4-340B-Instruct, or any OpenAI-compatible chat endpoint.
 
-One file, standard library only.  A reply is complete, or it is an error.
-
     $ python3 nemotron.py 'Name two techniques to cook lamb.'
     >>> nemotron.chat("Name two techniques to cook lamb.").text
 
-Nothing above the section "Client" does any I/O.
+A reply is complete, or it is an error.  Only the standard library is used.
 """
 
 from __future__ import annotations
@@ -22,23 +20,24 @@ import contextlib
 import email.utils
 import errno
 import http.client
+import io
 import itertools
 import json
 import math
-import operator
 import os
 import random
 import re
 import reprlib
+import shutil
 import socket
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
 
 TYPE_CHECKING = False  # importing typing takes 2 ms, and only type checkers need it
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
     from typing import Any, TypedDict, TypeVar
 
@@ -79,44 +78,33 @@ __all__ += ["IncompleteReplyError"]
 MODEL = "nvidia/Nemotron-4-340B-Instruct"
 BASE_URL = "https://api.deepinfra.com/v1/openai"
 MAX_BYTES = 64 << 20  # of a reply, or of one server-sent event
-MAX_MESSAGE = 280  # characters of an error message
-MAX_DELAY = 120.0  # seconds; a server that asks for a longer wait is not asked again
+MAX_DELAY = 120.0  # seconds; where the server asks for more, there is no retry
 GRACE = 5.0  # seconds to go on reading after the end of a streamed reply
 
 # ---------------------------------------------------------------------------- Errors
 
-CONTROLS = re.compile(
-    "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-)
+CONTROLS = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+MAX_MESSAGE = 280  # characters; with the prefix of the command line under 300
+short = reprlib.Repr()
+short.maxstring = short.maxother = 200
 
 
 def escape_controls(text: str) -> str:
     r"""Show control characters and direction overrides as escapes like \x1b."""
-    return CONTROLS.sub(lambda match: ascii(match[0])[1:-1], text)
+    return re.sub(CONTROLS, lambda match: ascii(match[0])[1:-1], text)
 
 
 def one_line(text: str) -> str:
-    """Return the text as one line, safe to print, of at most MAX_MESSAGE characters."""
     line = escape_controls(" ".join(text[: 4 * MAX_MESSAGE].split()))
     return line if len(line) <= MAX_MESSAGE else line[: MAX_MESSAGE - 3] + "..."
 
 
 def describe(error: BaseException) -> str:
-    if isinstance(error, http.client.IncompleteRead):
-        return "the reply was cut short"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def show(value: object) -> str:
-    """Return a short repr() of a value, or the name of its type if it has none."""
-    try:
-        return reprlib.repr(value)
-    except Exception:  # such as an integer of over 4,300 digits
-        return type(value).__name__
-
-
 class NemotronError(Exception):
-    """Base class of the errors; str() of one is a single line."""
+    """Base class of the errors; str() of one is a line of at most 280 characters."""
 
     code = "error"  # in the rows of a batch
     exit_status = 1  # of the command line
@@ -126,16 +114,14 @@ class NemotronError(Exception):
     request_id: str | None = None
     retry_after: float | None = None  # seconds
 
-    def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+    def __init_subclass__(cls, code: str = "", status: int = 0) -> None:
+        cls.code, cls.exit_status = code or cls.code, status or cls.exit_status
 
-    def __init_subclass__(cls, code: str = "error", exit_status: int = 1) -> None:
-        cls.code, cls.exit_status = code, exit_status
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
-class InvalidRequestError(
-    NemotronError, ValueError, code="invalid_request", exit_status=2
-):
+class InvalidRequestError(NemotronError, ValueError, code="invalid_request", status=2):
     """The caller's mistake; nothing was sent."""
 
 
@@ -151,23 +137,21 @@ class APIStatusError(NemotronError, code="api_status"):
     """The server answered with a status other than 200."""
 
 
-class AuthenticationError(APIStatusError, code="authentication", exit_status=4):
+class AuthenticationError(APIStatusError, code="authentication", status=4):
     """Status 401, 402 or 403; or no usable token, and status_code is None."""
 
 
-class RateLimitError(APIStatusError, code="rate_limit", exit_status=5):
+class RateLimitError(APIStatusError, code="rate_limit", status=5):
     """Status 429 or 503: the server is busy."""
 
 
 class ReplyError(NemotronError, code="reply"):
     """Status 200, but not an answer; partial is the Completion received so far."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.partial = Completion()
+    partial: Completion
 
 
-class IncompleteReplyError(ReplyError, code="incomplete_reply", exit_status=3):
+class IncompleteReplyError(ReplyError, code="incomplete_reply", status=3):
     """The stream stopped before the reply ended; partial is what was received."""
 
 
@@ -188,15 +172,13 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     "a number": is_number,
     "an integer": lambda value: is_number(value) and isinstance(value, int),
     "a string": lambda value: isinstance(value, str),
+    "a path": lambda value: isinstance(value, (str, os.PathLike)),
     "none or auto": lambda value: value in ("none", "auto"),
     "a string or a list of 1 to 16": lambda value: (
         isinstance(value, str) or is_list_of(str, value) and 1 <= len(value) <= 16
     ),
     "a list of objects": lambda value: is_list_of(dict, value),
     "an object": lambda value: isinstance(value, dict),
-    "an object without messages, model and stream": lambda value: (
-        isinstance(value, dict) and not {"messages", "model", "stream"} & set(value)
-    ),
 }
 
 
@@ -205,22 +187,21 @@ def read_table(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.split("|")] for row in text.splitlines()]
 
 
-# Names, ranges and the server's defaults are those of the provider's page of the model,
-# which prints the bound of seed, 2**63, as JavaScript does.  stop, n, tools and
-# response_format are in its OpenAPI file only.
+# From the provider's page of the model, which prints the bound of seed, 2**63, as
+# JavaScript does; stop, n, tools and response_format are in its OpenAPI file only.
 # name | kind | limits | server's default | help
 PARAMETERS = read_table("""\
 temperature        | a number   | 0 <= x <= 2       | 1 | lower is more focused
 top_p              | a number   | 0 < x <= 1        | 1 | probability to sample from
 min_p              | a number   | 0 <= x <= 1       | 0 | relative to the likeliest
-top_k              | an integer | 0 <= x < 1000     | 0 | how many to choose from
+top_k              | an integer | 0 <= x <= 999      | 0 | how many to choose from
 max_tokens         | an integer | 0 <= x <= 1000000 |   | most tokens to generate
 presence_penalty   | a number   | -2 <= x <= 2      | 0 | above 0: more new topics
 frequency_penalty  | a number   | -2 <= x <= 2      | 0 | above 0: less repetition
 repetition_penalty | a number   | 0.01 <= x <= 5    | 1 | above 1: less repetition
 tool_choice        | none or auto |                 |   | whether it may call a tool
 user               | a string   |                   |   | hashed ID of your end user
-seed               | an integer | 0 <= x < 9223372036854775808 |  | to repeat a reply
+seed               | an integer | 0 <= x <= 9223372036854775807 | | to repeat a reply
 stop               | a string or a list of 1 to 16 | | | end the reply before this text
 n                  | an integer | 1 <= x <= 4       | 1 | number of replies
 tools              | a list of objects |            |   | functions that it may call
@@ -229,14 +210,14 @@ response_format    | an object  | | | such as {"type": "json_object"}""")
 OTHER_NAMES = read_table("""\
 model    | a string   |                  | | belongs to chat() or Client()
 system   | a string   |                  | | belongs to chat()
-extra    | an object without messages, model and stream | | | belongs to chat()
+extra    | an object  |                  | | belongs to chat()
 base_url | a string   |                  | | belongs to Client()
 token    | a string   |                  | | belongs to Client()
 timeout  | a number   | 0 < x <= 1000000 | | belongs to Client()
 deadline | a number   | 0 < x <= 1000000 | | belongs to Client()
 retries  | an integer | 0 <= x <= 1000   | | belongs to Client()
 jobs     | an integer | 1 <= x <= 200    | | belongs to batch()
-output   | a string   |                  | | belongs to batch()
+output   | a path     |                  | | belongs to batch()
 stream   |            |                  | | is chosen by calling stream()
 max_cost | a number   | 0 <= x <= 1000000 | | belongs to the command line""")
 SPECS = {row[0]: row for row in PARAMETERS + OTHER_NAMES}
@@ -249,31 +230,26 @@ def check_value(name: str, value: Any) -> None:
     _, kind, limits, _, _ = SPECS[name]
     valid = KINDS[kind](value)
     if valid and limits:
-        low, low_sign, _, high_sign, high = limits.split()
-        less = {"<": operator.lt, "<=": operator.le}
-        above = less[low_sign](float(low), value)
-        valid = above and less[high_sign](value, float(high))
+        low, sign, _, _, high = limits.split()
+        valid = float(low) <= value <= json.loads(high)
+        valid = valid and (sign == "<=" or value > float(low))
     if not valid:
-        expected, got = f"{kind}, {limits}".rstrip(", "), show(value)
+        expected, got = f"{kind}, {limits}".rstrip(", "), short.repr(value)
         raise InvalidRequestError(f"{name} must be {expected}; got {got}")
 
 
-def check_parameters(values: Any) -> JSON:
+def check_parameters(values: JSON) -> JSON:
     """Return the values that are not None.  Raises InvalidRequestError."""
-    for name, value in values.items():
-        if name not in REQUEST_NAMES:
-            import difflib
+    for name in values.keys() - set(REQUEST_NAMES):
+        import difflib
 
-            nearest = difflib.get_close_matches(name, REQUEST_NAMES, 1, 0.0)[0]
-            advice = f"did you mean {nearest}? (undocumented fields go into extra)"
-            if name in SPECS:
-                advice = f"it {SPECS[name][-1]}"
-            raise InvalidRequestError(
-                f"{name:.80} is not a request parameter: {advice}"
-            )
-        if value is not None:
-            check_value(name, value)
-    return {name: value for name, value in values.items() if value is not None}
+        near = difflib.get_close_matches(name, REQUEST_NAMES, 1, 0.0)[0]
+        advice = f"unknown, did you mean {near}? (undocumented fields go into extra)"
+        raise InvalidRequestError(f"{name:.80}: {SPECS.get(name, [advice])[-1]}")
+    given = {name: value for name, value in values.items() if value is not None}
+    for name, value in given.items():
+        check_value(name, value)
+    return given
 
 
 # --------------------------------------------------------------------------- Request
@@ -289,12 +265,17 @@ def dig(default: T, value: Any, *path: Any) -> T:
     return value if default is None or isinstance(value, type(default)) else default
 
 
+raw_decode = json.JSONDecoder().raw_decode  # faster than json.loads()
+
+
 def read_json(text: str) -> Any:
     """Return the value of a JSON text, or the text itself if it is not JSON."""
+    stripped = text.strip()
     try:
-        return json.loads(text)
+        value, end = raw_decode(stripped)
     except (ValueError, RecursionError):
         return text
+    return value if end == len(stripped) else text
 
 
 def to_json(value: object) -> str:
@@ -308,33 +289,25 @@ def to_json(value: object) -> str:
 def check_messages(messages: Any) -> list[JSON]:
     """Return copies of the messages.  Raises InvalidRequestError, which names one."""
     if not isinstance(messages, (list, tuple)):
-        got = show(messages)
-        raise InvalidRequestError(f"messages must be a string or a list; got {got}")
+        raise InvalidRequestError(f"messages: not a list: {short.repr(messages)}")
     systems = 0
     for index, message in enumerate(messages):
         role, content = dig("", message, "role"), dig(None, message, "content")
         systems += role == "system"
-        if role not in ("system", "user", "assistant", "tool"):
+        valid = isinstance(content, str) or content and is_list_of(dict, content)
+        problem = "" if valid else "content must be a string or a list of objects"
+        if role == "assistant" and content is None and message.get("tool_calls"):
+            problem = ""
+        elif role not in ("system", "user", "assistant", "tool"):
             problem = "role must be system, user, assistant or tool"
         elif systems > 1:
             problem = "a second system message"
-        elif role == "tool" and not isinstance(message.get("tool_call_id"), str):
+        elif role == "tool" and not dig("", message, "tool_call_id"):
             problem = "a tool message must have a tool_call_id"
-        elif content is None and role == "assistant" and message.get("tool_calls"):
-            problem = ""
-        else:
-            valid = isinstance(content, str) or content and is_list_of(dict, content)
-            problem = "" if valid else "content must be a string or a list of objects"
         if problem:
-            got = show(message)
+            got = short.repr(message)
             raise InvalidRequestError(f"messages[{index}]: {problem}; got {got}")
     return [dict(message) for message in messages]
-
-
-def last_turn(messages: list[JSON]) -> tuple[int, str]:
-    """Return the index and role of the last message, system messages left out."""
-    turns = [(i, m["role"]) for i, m in enumerate(messages) if m["role"] != "system"]
-    return turns[-1] if turns else (-1, "")
 
 
 def build_request(
@@ -357,19 +330,23 @@ def build_request(
     """
     params.update(model=model, system=system, extra=extra)
     given = check_parameters(params)
+    fields = given.pop("extra", {})
+    if {"messages", "model", "stream"} & fields.keys():
+        raise InvalidRequestError("extra must be without messages, model and stream")
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     checked = check_messages(messages)
-    last, role = last_turn(checked)
+    turns = [(i, m["role"]) for i, m in enumerate(checked) if m["role"] != "system"]
+    last, role = turns[-1] if turns else (0, "")
     if role not in ("user", "tool"):
         problem = "the last message must be a user's or a tool's"
-        raise InvalidRequestError(f"messages[{max(last, 0)}]: {problem}")
+        raise InvalidRequestError(f"messages[{last}]: {problem}")
     if given.pop("system", None) is not None:
-        checked = check_messages([{"role": "system", "content": system}, *checked])
+        if len(turns) < len(checked):
+            raise InvalidRequestError("system: messages has a system message, too")
+        checked.insert(0, {"role": "system", "content": system})
     body = {"model": given.pop("model", MODEL), "messages": checked}
-    if stream:
-        body["stream"] = True
-    fields = given.pop("extra", {})
+    body.update({"stream": True} if stream else {})
     return {**body, **given, **fields}
 
 
@@ -379,10 +356,7 @@ STOP_TOKEN = "</s>"  # the model's own; the provider sends it as the last piece 
 INCOMPLETE = ("length", "content_filter", "abort", "error")  # values of finish_reason
 RUNNING_TEXT = ("content", "reasoning_content", "reasoning", "refusal", "arguments")
 MAX_DEPTH = 100  # levels of nesting in a chunk
-raw_decode = json.JSONDecoder().raw_decode  # faster than json.loads()
-# The keys of a chunk that only brings text.
-PLAIN_CHOICE, PLAIN_MESSAGE = {"index", "delta", "finish_reason"}, {"role", "content"}
-# What code that expects a chunk raises for JSON of another shape
+# Raised by code that expects a chunk, when the JSON has another shape
 SHAPE_ERRORS = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
@@ -441,59 +415,55 @@ def server_message(answer: Any) -> str:
     while isinstance(answer, dict):
         values = map(answer.get, ("error", "detail", "error_message", "message"))
         answer = next((v for v in values if v and isinstance(v, (str, dict, list))), "")
-    text = answer if isinstance(answer, str) else json.dumps(answer)
-    return "" if text.lstrip().startswith("<") else text  # a page of HTML
-
-
-def find_failure(answer: Any) -> str:
-    """Return the server's message if a reply or chunk is an error; "" if it is not."""
-    choices = answer.get("choices") or ()
-    for part in (answer, *choices):
-        if part.get("error"):
-            return server_message(part) or json.dumps(part["error"])
-    return "" if choices else server_message(answer)
+    if isinstance(answer, str):
+        return "" if answer.lstrip().startswith("<") else answer  # a page of HTML
+    return short.repr(answer) if answer else ""
 
 
 class MergedList(dict):  # type: ignore[type-arg]
     """The items of a list while it is merged, by index or a key of their own."""
 
 
+MERGED_KINDS: Any = {dict: dict, list: MergedList}
+
+
 def merge(target: Any, source: JSON, depth: int = 0) -> None:
     """Merge a part of a reply into what came before it, by rules, not field by field.
 
-    Running text is a bytearray meanwhile; a list of pieces is ten times as large.
+    Running text is an io.StringIO meanwhile: a list of pieces is ten times as large.
     """
     if depth > MAX_DEPTH:
         raise RecursionError
     for key, value in source.items():
+        kind: Any = MERGED_KINDS.get(type(value))
+        if key in RUNNING_TEXT and value is not None:
+            kind = kind or io.StringIO
+        if kind is None:
+            if key not in target or value not in (None, ""):
+                target[key] = value
+            continue
         old = target.get(key)
-        if isinstance(old, bytearray) and isinstance(value, (dict, list)):
-            raise TypeError("text has become something else")
-        if isinstance(value, dict):
-            if type(old) is not dict:
-                old = target[key] = {}
+        if old in (None, ""):
+            old = target[key] = kind()
+        if type(old) is not kind:
+            raise TypeError(f"{key} has become something else")
+        if kind is io.StringIO:
+            old.write(value)
+        elif kind is dict:
             merge(old, value, depth + 1)
-        elif isinstance(value, list):
-            if not isinstance(old, MergedList):
-                old = target[key] = MergedList()
+        else:
             for item in value:
                 if dig(None, item, "index") is None:
                     old[object()] = item
                 else:
                     rest = {k: v for k, v in item.items() if k != "index"}
                     merge(old.setdefault(item["index"], {}), rest, depth + 1)
-        elif key in RUNNING_TEXT and value is not None:
-            if not isinstance(old, bytearray):
-                old = target[key] = bytearray()
-            old += value.encode("utf-8", "surrogatepass")
-        elif key not in target or value not in (None, ""):
-            target[key] = value
 
 
 def unmerge(value: Any) -> Any:
     """Return what was merged, in plain lists, strings and objects."""
-    if isinstance(value, bytearray):
-        return value.decode("utf-8", "surrogatepass")
+    if isinstance(value, io.StringIO):
+        return value.getvalue()
     if isinstance(value, MergedList):
         # Items without an index came as they are.
         return [i if type(key) is object else unmerge(i) for key, i in value.items()]
@@ -506,82 +476,78 @@ class ChunkMerger:
     """Merges the chunks of a stream into one Completion."""
 
     def __init__(self) -> None:
-        self.choices: dict[Any, JSON] = {}  # by index
+        self.choices: Any = MergedList()  # by index
+        self._reply: JSON = {"choices": self.choices}
         self.is_finished = False  # whether every choice that came has a finish_reason
         self._finished: set[Any] = set()  # the indexes of those that have one
         self._stop_tokens: dict[Any, str] = {}  # by index; it is text if more follows
-        self._texts: dict[Any, bytearray | None] = {}  # the content of each choice
-        self._head: JSON = {}  # all of the reply but its choices
-        self._last_head: JSON = {}  # of the last chunk; most of it stays the same
+        self._plain: Any = None  # the last chunk, its text replaced by ""
+        self._text: Any = None  # all text of choice 0
 
-    def add(self, chunk: JSON) -> str:
-        """Merge a chunk, and return the text that it adds to choice 0.
+    def add(self, chunk: Any) -> str:
+        """Merge a chunk, or a whole reply; return the text that it adds to choice 0.
 
-        The choices are final once all are finished.  Raises SHAPE_ERRORS.
+        The choices are final once all are finished.  Raises ReplyError for an error of
+        the server, and for anything that is no chunk.
         """
-        head, new_text = {**chunk, "choices": None}, ""
-        if head != self._last_head:
-            merge(self._head, head)
-            self._last_head = head
-        if not self.is_finished:
-            for position, choice in enumerate(chunk.get("choices") or ()):
-                index = choice.get("index")
-                new_text += self._add_choice(
-                    choice, position if index is None else index
-                )
-            self.is_finished = 0 < len(self.choices) == len(self._finished)
+        try:
+            delta: JSON = chunk["choices"][0]["delta"]
+            text: str = delta["content"]
+        except SHAPE_ERRORS:
+            text = ""
+        if text and text != STOP_TOKEN and not self._stop_tokens:
+            # Most chunks differ from the last in their text only: this is fast.
+            delta["content"] = ""
+            is_plain = chunk == self._plain
+            delta["content"] = text
+            if is_plain:
+                self._text.write(text)
+                return text
+        try:
+            choices = chunk.get("choices") or []
+            failed = [part for part in (chunk, *choices) if part.get("error")]
+            message = "" if choices else server_message(chunk)
+            if not failed and not message:
+                return self._add(chunk, choices)
+            message = server_message(failed[0]) if failed else message
+        except SHAPE_ERRORS:
+            message = f"an odd chunk: {server_message(chunk) or short.repr(chunk)}"
+        raise ReplyError(f"the server sent an error, or no reply: {message}")
+
+    def _add(self, chunk: JSON, choices: list[Any]) -> str:
+        merged, new_text, self._plain = [], "", None
+        for position, choice in enumerate(choices):
+            if self.is_finished:
+                break
+            index = position if choice.get("index") is None else choice["index"]
+            message = choice.get("delta") or choice.get("message") or {}
+            text = message.get("content") or ""
+            if text:
+                before = self._stop_tokens.pop(index, "")
+                if text == STOP_TOKEN:
+                    self._stop_tokens[index], text = text, ""
+                message = {**message, "content": before + text}
+                new_text += before + text if index == 0 else ""
+            rest = {k: v for k, v in choice.items() if k not in ("delta", "message")}
+            merged.append({"message": message, **rest, "index": index})
+        merge(self._reply, {**chunk, "choices": merged})
+        self._finished |= {c["index"] for c in merged if c.get("finish_reason")}
+        self.is_finished = 0 < len(self.choices) == len(self._finished)
+        if new_text and len(choices) == 1 and message.keys() <= {"role", "content"}:
+            plain = {"index": 0, "delta": {**message, "content": ""}}
+            plain = {**dict.fromkeys(choice), **plain}
+            self._plain = None if self.is_finished else {**chunk, "choices": [plain]}
+            self._text = self.choices[0]["message"]["content"]
         return new_text
-
-    def add_text(self, chunk: JSON) -> str | None:
-        """Do the same, in half the time, for a chunk that only brings more text.
-
-        Return None, and do nothing, for any other chunk.
-        """
-        choices: list[Any] = chunk.get("choices") or []
-        if len(choices) != 1 or {**chunk, "choices": None} != self._last_head:
-            return None
-        choice = choices[0]
-        if choice.keys() != PLAIN_CHOICE or choice["finish_reason"] or self.is_finished:
-            return None
-        message, content = choice["delta"] or {}, self._texts.get(choice["index"])
-        if content is None or message.keys() - PLAIN_MESSAGE or self._stop_tokens:
-            return None
-        text: str = message.get("content") or ""
-        if text == STOP_TOKEN:
-            return None
-        content += text.encode("utf-8", "surrogatepass")
-        return text if choice["index"] == 0 else ""
-
-    def _add_choice(self, choice: JSON, index: Any) -> str:
-        """Merge one choice of a chunk, and return the text that it adds to choice 0."""
-        if not isinstance(index, int):
-            raise TypeError
-        message = choice.get("delta") or choice.get("message") or {}
-        text: str = message.get("content") or ""
-        if text:
-            before = self._stop_tokens.pop(index, "")
-            if text == STOP_TOKEN:
-                self._stop_tokens[index], text = text, ""
-            text = before + text
-            message = {**message, "content": text}
-        whole = self.choices.setdefault(index, {"index": index, "message": {}})
-        rest = {k: v for k, v in choice.items() if k not in ("delta", "message")}
-        merge(whole, {**rest, "index": index, "message": message})
-        found = whole["message"].get("content")
-        self._texts[index] = found if isinstance(found, bytearray) else None
-        if choice.get("finish_reason"):
-            self._finished.add(index)
-        return text if index == 0 else ""
 
     def completion(self) -> Completion:
         """Return what was merged so far."""
-        choices = []
-        for choice in map(unmerge, self.choices.values()):
+        reply = unmerge(self._reply)
+        for index, choice in zip(self.choices, reply["choices"]):
             content = None if choice["message"].get("tool_calls") else ""
             message = {"role": "assistant", "content": content, **choice["message"]}
-            choices.append({**choice, "message": message})
-        head = {**unmerge(self._head), "object": "chat.completion"}
-        return Completion({**head, "choices": choices})
+            choice.update(index=index, message=message)
+        return Completion({**reply, "object": "chat.completion"})
 
 
 # ---------------------------------------------------------------- Server-sent events
@@ -589,43 +555,37 @@ class ChunkMerger:
 # https://html.spec.whatwg.org/multipage/server-sent-events.html
 
 
-def split_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def split_lines(pieces: Iterable[bytes]) -> Iterator[bytearray]:
     """Yield the lines of a body; these end with LF, CRLF or CR."""
-    unfinished: list[bytes] = []  # the pieces of a line whose end has not come
-    after_cr = False
+    rest, after_cr = bytearray(), False  # rest: a line whose end has not come
     for piece in pieces:
-        if after_cr and piece.startswith(b"\n"):
-            piece = piece[1:]
+        rest += piece.removeprefix(b"\n") if after_cr else piece
         after_cr = piece.endswith(b"\r")
-        lines = piece.splitlines()
-        rest = lines.pop() if lines and not piece.endswith((b"\n", b"\r")) else b""
-        if lines and unfinished:
-            lines[0] = b"".join([*unfinished, lines[0]])
-            unfinished = []
-        yield from lines
-        if rest:
-            unfinished.append(rest)
-    if unfinished:
-        yield b"".join(unfinished)
+        if b"\n" in piece or b"\r" in piece:
+            *lines, rest = (rest + b".").splitlines()  # the last has no line end
+            rest.pop()
+            yield from lines
+    if rest:
+        yield rest
 
 
-def split_events(lines: Iterator[bytes]) -> Iterator[tuple[str, str]]:
+def split_events(lines: Iterator[bytearray]) -> Iterator[tuple[str, str]]:
     """Yield (event, data) for each event; a complete one may end with the body."""
     name, data = "", []
-    first = next(lines, b"").removeprefix(b"\xef\xbb\xbf")
+    first = next(lines, bytearray()).removeprefix(b"\xef\xbb\xbf")
     for line in itertools.chain([first], lines):
         field, _, value = line.partition(b":")
         if field == b"data":
             data.append(value.removeprefix(b" "))
         elif field == b"event":
             name = value.decode("utf-8", "replace").strip()
-        elif not line and data:
-            yield name, b"\n".join(data).decode("utf-8", "replace").strip()
-            name, data = "", []
         elif not line:
-            name = ""
+            if data:
+                yield name, b"\n".join(data).decode("utf-8", "replace").strip()
+            name, data = "", []
     rest = b"\n".join(data).decode("utf-8", "replace").strip()
-    if name == "error" or rest == "[DONE]" or read_json(rest) is not rest:  # or torn
+    # Without its empty line, data counts if it is complete.
+    if name == "error" or rest == "[DONE]" or not isinstance(read_json(rest), str):
         yield name, rest
 
 
@@ -638,16 +598,15 @@ OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
 LOOPBACK = rf"(?P<loopback>localhost|127(?:\.{OCTET}){{3}}|\[::1\])"
 HOST = rf"(?P<host>{LOOPBACK}|[\w.-]+|\[[0-9a-f:.]+\])"
 PATH = r"(?:/[\w./~%+:@!$&'()*,;=-]*)?"
-URL = rf"(?ai)(?P<scheme>https?)://{HOST}(?::(?P<port>\d{{1,5}}))?{PATH}"
-JSON_PADDING = b"\xef\xbb\xbf \t\r\n"  # a BOM and white space may come before JSON
+URL = rf"(?ai)https?://{HOST}(?::(?P<port>\d{{1,5}}))?{PATH}"
 TOKEN_NAMES = ("DEEPINFRA_TOKEN", "DEEPINFRA_API_KEY", "DEEPINFRA_API_TOKEN")
-HTTPException = http.client.HTTPException
-FAILURES = (OSError, ValueError, OverflowError, ImportError, MemoryError, HTTPException)
+EAI_AGAIN = socket.EAI_AGAIN  # a name server did not answer
 RETRY_STATUSES = (408, 409, 429, 500, 502, 503, 504)
+REFUSED = "the token was refused, check DEEPINFRA_TOKEN"
 STATUSES: dict[int, tuple[type[APIStatusError], str]] = {
-    401: (AuthenticationError, "the token was refused, check DEEPINFRA_TOKEN"),
+    401: (AuthenticationError, REFUSED),
     402: (AuthenticationError, "the account cannot pay, check its billing"),
-    403: (AuthenticationError, "the token was refused, check DEEPINFRA_TOKEN"),
+    403: (AuthenticationError, REFUSED),
     404: (APIStatusError, "check the model and the base URL"),
     429: (RateLimitError, "busy, try later or with fewer requests at once"),
     503: (RateLimitError, "busy, try later"),
@@ -663,61 +622,45 @@ def log_warning(message: str) -> None:
     logging.getLogger("nemotron").warning("nemotron: %s", one_line(message))
 
 
-class TimedSocket:
-    """A socket that asks before every read for how long it may wait."""
-
-    def __init__(self, sock: Any, timeout: Callable[[], float]) -> None:
-        self._sock, self._timeout = sock, timeout
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._sock, name)
-
-    def recv_into(self, buffer: Any) -> int:
-        self._sock.settimeout(self._timeout())
-        return int(self._sock.recv_into(buffer))
+def read_text(pieces: Iterable[bytes]) -> str:
+    return b"".join(pieces).decode("utf-8-sig", "replace").strip()
 
 
 class Exchange:
     """One call: it owns the deadline, the attempts, and what exceptions become."""
 
-    def __init__(self, client: Client, body: JSON, default_retries: int = 2) -> None:
-        self.client, self.request_id = client, None
-        self.redacted: Any = None  # the reply without the token, for a row
-        self.received = 0  # bytes of the body, or since the last event
+    def __init__(self, client: Client, body: JSON, retries: int = 2) -> None:
+        self.client, self._payload = client, to_json(body).encode("ascii")
         self.deadline = client._clock() + (client.deadline or math.inf)
-        default = default_retries
-        self._retries = default if client.retries is None else client.retries
+        self._retries = retries if client.retries is None else client.retries
         self._retried = 0
-        self._payload = to_json(body).encode("ascii")
+        self.body: Any = None  # of the last response, as JSON or text
 
-    def send(self, read: Callable[[http.client.HTTPResponse], T]) -> T:
+    def send(self, read: Callable[[Any], T]) -> T:
         """Send the request and return read(response); again if the error allows it."""
         delay = 0.0
         while True:
+            response = self.status = self.request_id = self.body = None
+            self.received = 0  # bytes of the body, or since the last event
             self._wait(delay)
-            response: Any = None
             try:
                 response = self.client._open(self._payload, self._read_timeout())
+                self.status = response.status
+                self.request_id = response.headers.get("x-request-id")
                 self._check_status(response)
                 return read(response)
-            except (NemotronError, *FAILURES) as cause:
-                cause.args = self.client._redact(cause.args)
-                is_own = isinstance(cause, NemotronError)
-                error: Any = cause if is_own else self._connection_error(cause)
+            except Exception as cause:
                 if response is not None:
                     response.close()
-                    error.status_code = response.status
-                    error.request_id = self.request_id
-                delay = self._delay_after(error)
+                delay = self._delay_after(self.to_error(cause))
 
     def _delay_after(self, error: NemotronError) -> float:
         """Return the seconds to wait before the next attempt, or raise the error."""
-        if not error.retryable or self._retried >= self._retries:
-            raise error
         delay = error.retry_after
         if delay is None:
             delay = min(0.5 * 2**self._retried, 8) * random.uniform(0.75, 1)
-        if delay > MAX_DELAY or self.client._clock() + delay >= self.deadline:
+        is_late = delay > MAX_DELAY or self.client._clock() + delay >= self.deadline
+        if is_late or not error.retryable or self._retried >= self._retries:
             raise error
         self._retried += 1
         attempt = f"retry {self._retried} of {self._retries} in {delay:.1f} s"
@@ -725,53 +668,58 @@ class Exchange:
         return delay
 
     def _wait(self, seconds: float) -> None:
-        if seconds:
-            self.client._sleep(seconds)
+        self.client._sleep(seconds)
 
     def _read_timeout(self) -> float:
-        """Return the seconds that the server may be silent now; raise TimeoutError."""
+        """Return for how long the server may be silent now.  Raises TimeoutError."""
         left = self.deadline - self.client._clock()
         if left <= 0:
             raise TimeoutError(f"the deadline of {self.client.deadline} s has passed")
         return min(self.client.timeout, left)
 
     def pieces(self, response: Any) -> Iterator[bytes]:
-        """Yield the body as it arrives.  Raises FAILURES."""
-        while response.fp:
-            if self.deadline < math.inf:
-                # The one way to bound a read of a body through urllib, in any Python.
-                raw = response.fp.raw
-                if not isinstance(raw._sock, TimedSocket):
-                    raw._sock = TimedSocket(raw._sock, self._read_timeout)
-            piece = response.read1(65536)
+        if response.fp:
+            raw = response.fp.raw
+            read, sock = raw.readinto, raw._sock
+
+            def read_in_time(buffer: Any) -> Any:
+                if self.deadline < math.inf:
+                    sock.settimeout(self._read_timeout())
+                return read(buffer)
+
+            # The one way to bound every read of a body through urllib, in any Python.
+            raw.readinto = read_in_time
+        while piece := response.read1(65536):
             self.received += len(piece)
             if self.received > MAX_BYTES:
-                raise ReplyError(
-                    f"the reply, or an event, is over {MAX_BYTES >> 20} MiB"
-                )
-            if not piece:
-                break
+                raise ReplyError(f"a reply or an event of over {MAX_BYTES} bytes")
             yield piece
         if response.length:  # read1 does not complain when the body is too short
             raise http.client.IncompleteRead(b"", response.length)
 
-    def read_text(self, response: Any) -> str:
-        return b"".join(self.pieces(response)).decode("utf-8-sig", "replace")
+    def read_completion(self, response: Any) -> Completion:
+        with response:
+            text = read_text(self.pieces(response))
+        if not text:
+            raise http.client.IncompleteRead(b"")
+        self.body, merger = read_json(text), ChunkMerger()
+        merger.add(self.body)
+        if not merger.choices or not all(c["message"] for c in merger.choices.values()):
+            raise ReplyError("the server sent no chat completion")
+        return Completion(self.body)
 
-    def _check_status(self, response: http.client.HTTPResponse) -> None:
+    def _check_status(self, response: Any) -> None:
         """Raise an error for a status other than 200, or a body that is compressed."""
-        redact, headers, status = self.client._redact, response.headers, response.status
-        self.request_id = redact(headers.get("x-request-id"))
-        encoding = redact(headers.get("Content-Encoding", "identity")).lower()
-        if status == 200 and encoding != "identity":
-            raise ReplyError(f"the reply is compressed ({encoding}), unasked")
+        status, headers = response.status, response.headers
+        encoding = headers.get("Content-Encoding", "identity").lower()
+        if encoding != "identity" and status == 200:
+            raise ReplyError("the reply is compressed, which was not asked for")
         if status == 200:
             return
-        body: Any = None
-        with contextlib.suppress(ReplyError, RecursionError, *FAILURES):
-            text = redact(self.read_text(response))
-            body = redact(read_json(text)) if encoding == "identity" else None
-        message = server_message(body or "") or redact(response.reason)
+        if encoding == "identity":
+            with contextlib.suppress(Exception):
+                self.body = read_json(read_text(self.pieces(response)))
+        message = server_message(self.body) or response.reason
         kind, advice = STATUSES.get(status, (APIStatusError, ""))
         if status in (400, 413, 422, 500) and re.search(OVERRUN, message[:2000]):
             advice = OVERRUN_ADVICE
@@ -780,7 +728,6 @@ class Exchange:
         parts = (f"HTTP {status} from {self.client._url}", advice, message)
         error = kind(": ".join(filter(None, parts)))
         error.retryable = status in RETRY_STATUSES and advice != OVERRUN_ADVICE
-        error.body = body
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             value = headers.get("Retry-After", "")
             date = email.utils.parsedate_tz(value)
@@ -788,43 +735,33 @@ class Exchange:
             error.retry_after = max(0.0, wait) if wait == wait else None  # not a NaN
         raise error
 
-    def _connection_error(self, cause: Exception) -> APIConnectionError:
-        """Return the error for an exception of urllib, http.client or a socket."""
-        reason = getattr(cause, "reason", None)
-        cause = reason if isinstance(reason, Exception) else cause  # of a URLError
-        is_certificate = hasattr(cause, "verify_code")
-        advice = " (SSL_CERT_FILE can name your authority)" if is_certificate else ""
-        if isinstance(cause, ImportError):
-            advice = " (https:// needs a Python with the ssl module)"
-        kind, problem = APIConnectionError, "no usable connection to"
-        if isinstance(cause, (TimeoutError, socket.timeout)):  # two classes until 3.10
-            kind, problem = APITimeoutError, "no complete answer in time from"
-        error = kind(f"{problem} {self.client._address}: {describe(cause)}{advice}")
-        is_host = isinstance(cause, socket.gaierror) and cause.errno != socket.EAI_AGAIN
-        is_network = isinstance(cause, (OSError, HTTPException))
-        error.retryable = is_network and not is_host and not is_certificate
-        error.__cause__ = cause
+    def to_error(self, cause: Any, kind: Any = APIConnectionError) -> Any:
+        """Return the NemotronError for any exception of a call, without the token."""
+        error, redact = cause, self.client._redact
+        if not isinstance(cause, NemotronError):
+            if isinstance(getattr(cause, "reason", None), Exception):
+                cause = cause.reason  # of a URLError
+            problem, advice = f"no usable connection to {self.client._address}", ""
+            if kind is IncompleteReplyError:
+                problem = "the reply stopped before its end"
+            elif isinstance(cause, (TimeoutError, socket.timeout)):  # two until 3.10
+                kind, problem = APITimeoutError, f"no answer from {self.client._url}"
+            elif hasattr(cause, "verify_code"):
+                advice = " (SSL_CERT_FILE can name your authority)"
+            elif isinstance(cause, ImportError):
+                advice = " (https:// needs a Python with the ssl module)"
+            error = kind(f"{problem}: {describe(cause)}{advice}")
+            error.__cause__ = cause
+            is_network = isinstance(cause, (OSError, http.client.HTTPException))
+            is_unknown = isinstance(cause, socket.gaierror) and cause.errno != EAI_AGAIN
+            error.retryable = is_network and not (is_unknown or advice)
+        error.status_code, error.request_id = self.status, redact(self.request_id)
+        error.partial = Completion()
+        with contextlib.suppress(RecursionError):
+            error.body = redact(self.body)
+        for exception in filter(None, (error, error.__cause__)):
+            exception.args = redact(exception.args)
         return error
-
-    def read_completion(self, response: http.client.HTTPResponse) -> Completion:
-        """Read the reply of a blocking call.  Raises ReplyError if it is not one."""
-        with response:
-            text = self.read_text(response)
-        if not text.strip():
-            raise http.client.IncompleteRead(b"")
-        reply, self.redacted = read_json(text), None
-        try:
-            self.redacted = self.client._redact(reply)
-            ChunkMerger().add(reply)  # which finds odd shapes
-            problem = find_failure(reply)
-            if not problem and all(c["message"] for c in reply["choices"] or [{}]):
-                return Completion(reply)
-        except SHAPE_ERRORS:
-            problem = server_message(reply)
-        problem = self.client._redact(problem or "not a chat completion")
-        error = ReplyError(f"the server did not send a reply: {problem}")
-        error.body = self.redacted
-        raise error
 
 
 class Client:
@@ -854,7 +791,8 @@ class Client:
     ) -> None:
         environ = os.environ
         if token is None:
-            token = next(filter(str.strip, map(environ.get, TOKEN_NAMES, [""] * 3)), "")
+            tokens = [environ.get(name, "").strip() for name in TOKEN_NAMES]
+            token = next(filter(None, tokens), "")
         if not isinstance(token, str):
             raise InvalidRequestError("token must be a string")  # and is not shown
         self.base_url = base_url or environ.get("DEEPINFRA_BASE_URL") or BASE_URL
@@ -865,26 +803,20 @@ class Client:
             if value is not None:
                 check_value(name, value)
         match: Any = re.fullmatch(URL, self.base_url)
-        scheme = match and match["scheme"].lower()
-        if not match or not (scheme == "https" or match["loopback"]):
+        is_https = self.base_url[:6].lower() == "https:"
+        is_allowed = match and (is_https or match["loopback"])
+        if not is_allowed or not 0 < int(match["port"] or 443) < 65536:
             form = "https://host[:port][/path], or http:// and a loopback host"
             raise InvalidRequestError(f"the base URL must be {form}, no user, no query")
-        port = int(match["port"] or {"https": 443, "http": 80}[scheme])
-        if not 0 < port < 65536:
-            raise InvalidRequestError("the port of the base URL must be 1 to 65535")
-        self._token, self._is_loopback = token.strip(), bool(match["loopback"])
+        self._is_loopback = bool(match["loopback"])
+        self._address = f"{match['host']}:{match['port'] or (443 if is_https else 80)}"
+        self._token = token.strip()
         escaped = json.dumps(self._token)[1:-1]
-        unicode = "".join(f"\\u{ord(character):04x}" for character in self._token)
-        forms = [self._token, escaped, escaped.replace("/", "\\/"), unicode]
+        forms = [self._token, escaped, escaped.replace("/", "\\/")]
         self._token_forms = forms if len(self._token) >= 8 else []  # else it is a word
-        self._address = f"{match['host']}:{port}"
         self._url = self.base_url.rstrip("/") + "/chat/completions"
         self._opener: urllib.request.OpenerDirector | None = None
         self._lock = threading.Lock()  # so that there is one opener
-
-    def __repr__(self) -> str:
-        shown = [f"{k}={v!r}" for k, v in vars(self).items() if not k.startswith("_")]
-        return f"Client({', '.join(shown)})"
 
     def chat(self, messages: Messages, **params: Unpack[Params]) -> Completion:
         """Send the messages, and return the whole reply.  Raises NemotronError."""
@@ -925,16 +857,6 @@ class Client:
         given = {"model": self.model, **check_parameters(params)}
         return build_request(messages, **given)
 
-    def _headers(self) -> dict[str, str]:
-        """Return the headers of a request.  Raises AuthenticationError."""
-        if not (self._token.isascii() and self._token.isprintable()):
-            raise AuthenticationError("the token is not printable ASCII, copy it again")
-        if not self._token and not self._is_loopback:
-            raise AuthenticationError("no token: set DEEPINFRA_TOKEN, or try --offline")
-        headers = {"Content-Type": "application/json", "User-Agent": "nemotron.py"}
-        bearer = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        return {**headers, **bearer}
-
     def _redact(self, value: Any) -> Any:
         """Return JSON without the token, if that has 8 characters or more."""
         if isinstance(value, dict):
@@ -945,6 +867,16 @@ class Client:
             for form in self._token_forms:
                 value = value.replace(form, "[token]")
         return value
+
+    def _headers(self) -> dict[str, str]:
+        """Return the headers of a request.  Raises AuthenticationError."""
+        if not (self._token.isascii() and self._token.isprintable()):
+            raise AuthenticationError("the token is not printable ASCII, copy it again")
+        if not self._token and not self._is_loopback:
+            raise AuthenticationError("no token: set DEEPINFRA_TOKEN, or try --offline")
+        headers = {"Content-Type": "application/json", "User-Agent": "nemotron.py"}
+        bearer = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        return {**headers, **bearer}
 
     def _open(self, payload: bytes, timeout: float) -> Any:
         """Send a request; follow no redirect, and open no file."""
@@ -961,7 +893,6 @@ class Client:
                     import ssl
 
                     context = ssl.create_default_context()
-                    context.set_alpn_protocols(["http/1.1"])
                     opener.add_handler(urllib.request.HTTPSHandler(context=context))
                 self._opener = opener
         return self._opener.open(request, timeout=timeout)
@@ -975,11 +906,10 @@ class Stream:
     `with`, or close(), to close the connection early.
     """
 
-    def __init__(self, exchange: Exchange, response: http.client.HTTPResponse) -> None:
+    def __init__(self, exchange: Exchange, response: Any) -> None:
         self._exchange, self._response = exchange, response
         self._merger, self._reader = ChunkMerger(), self._read()
-        self._is_complete = False
-        self._error: ReplyError | None = None  # what every later read raises
+        self._problem: Any = ConnectionError("the stream was closed")
 
     def __enter__(self) -> Stream:
         return self
@@ -996,98 +926,60 @@ class Stream:
         for _, text in self._reader:
             if text:
                 yield text
-        if self._error:
-            raise self._error
-
-    def __next__(self) -> str:
-        return next(iter(self))
+        self._check()
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield every Chunk that is left, instead of the text."""
         for chunk, _ in self._reader:
             yield Chunk(chunk)
-        if self._error:
-            raise self._error
+        self._check()
 
     def completion(self) -> Completion:
         """Read the rest, and return the whole reply, with what was read before."""
         collections.deque(self.chunks(), maxlen=0)
-        if not (self._is_complete or self._merger.is_finished):
-            raise self._keep_error(ConnectionError("the stream was closed"))
         return self._merger.completion()
+
+    def _check(self) -> None:
+        """Raise the error for a stream that stopped before its end."""
+        if self._problem:
+            error = self._exchange.to_error(self._problem, IncompleteReplyError)
+            error.partial, self._problem = self._merger.completion(), error
+            raise error
 
     def _read(self) -> Generator[tuple[JSON, str], None, None]:
         """Yield each chunk and the text that it adds; all reading goes through here."""
-        exchange, merger, done = self._exchange, self._merger, False
-        problem: Exception = ConnectionError("the connection was closed")
+        exchange, merger, response = self._exchange, self._merger, self._response
+        problem: Any = ConnectionError("the connection was closed")
+        events: Any
         try:
-            for name, data in self._events():
+            pieces = exchange.pieces(response)
+            first = next(pieces, b"")
+            body = itertools.chain([first], pieces)
+            kind = response.headers.get_content_type()
+            if kind == "application/json" or first[:1] in (b"{", b"<"):  # not a stream
+                events = [("", read_text(body)), ("", "[DONE]")]
+            else:
+                events = split_events(split_lines(body))
+            for name, data in events:
                 exchange.received = 0
-                if not data.startswith("{"):
-                    if data == "[DONE]":
-                        done = True
-                        problem = ReplyError("the stream ended without a reply")
-                        break
-                    if data in ("", "null") or data.startswith(":"):
-                        continue  # it keeps the connection alive
-                yield self._merge_event(name, data)
-                if merger.is_finished:  # the first time sets the end
+                if data == "[DONE]":
+                    empty = ReplyError("the stream ended without a reply")
+                    problem = None if merger.choices else empty
+                    break
+                chunk = read_json(data)
+                if name == "error":
+                    chunk = {"error": chunk or "no message"}
+                elif data in ("", "null") or data.startswith(":"):
+                    continue  # it keeps the connection alive
+                yield chunk, merger.add(chunk)
+                if merger.is_finished:  # min() keeps the end that the first time sets
                     end = exchange.client._clock() + GRACE
                     exchange.deadline = min(exchange.deadline, end)
-        except (ReplyError, *FAILURES) as error:
+        except Exception as error:
             problem = error
         finally:
-            self._response.close()
-        self._is_complete = merger.is_finished or done and bool(merger.choices)
-        if not self._is_complete:
-            raise self._keep_error(problem)
-
-    def _events(self) -> Iterator[tuple[str, str]]:
-        """Yield the events of the body; it may also be one JSON reply, or HTML."""
-        pieces, head = self._exchange.pieces(self._response), b""
-        for piece in pieces:
-            head += piece
-            if head.strip(JSON_PADDING) or len(head) > 1000:
-                break
-        pieces = itertools.chain([head], pieces)
-        start = head.lstrip(JSON_PADDING)[:1]
-        is_json = self._response.headers.get_content_type() == "application/json"
-        if not is_json and start not in (b"{", b"<"):
-            return split_events(split_lines(pieces))
-        text = b"".join(pieces).decode("utf-8-sig", "replace").strip()
-        return iter([("", text), ("", "[DONE]")])
-
-    def _merge_event(self, name: str, data: str) -> tuple[JSON, str]:
-        """Merge the chunk of an event.  Raises ReplyError for anything else."""
-        try:
-            if name == "error":
-                data = json.dumps({"error": read_json(data)})
-            chunk, end = raw_decode(data)
-            if end < len(data):
-                raise ValueError
-            text = self._merger.add_text(chunk)
-            if text is not None:
-                return chunk, text
-            problem = find_failure(chunk)
-            if not problem:
-                return chunk, self._merger.add(chunk)
-            message = f"the server failed: {problem}"
-        except SHAPE_ERRORS:
-            message = f"the server sent an odd chunk: {server_message(data) or 'HTML'}"
-        raise ReplyError(self._exchange.client._redact(message))
-
-    def _keep_error(self, problem: Exception) -> Any:
-        """Return the error for a stream that stopped before its end, and keep it."""
-        problem.args = self._exchange.client._redact(problem.args)
-        error: Any = problem
-        if not isinstance(problem, ReplyError):
-            reason = f"the reply stopped before its end: {describe(problem)}"
-            error = IncompleteReplyError(reason)
-            error.__cause__ = problem
-        error.status_code, error.request_id = 200, self._exchange.request_id
-        error.partial = self._merger.completion()
-        self._error = error
-        return error
+            response.close()
+            self._problem = None if merger.is_finished else problem
 
 
 def chat(messages: Messages, **params: Unpack[Params]) -> Completion:
@@ -1113,132 +1005,102 @@ def batch(
 
 # ----------------------------------------------------------------------------- Batch
 
+ROW_START = b'{"id": "batch_req_'  # and how a torn row starts
+
 
 def read_request(item: Any, defaults: JSON) -> JSON:
-    """Return the body for a request of a batch, in any of the forms of Client.batch().
-
-    What it says itself goes before the defaults.  Raises InvalidRequestError.
-    """
+    """Return the body of a batch request; its own fields go before the defaults."""
     fields = {"prompt": item} if isinstance(item, str) else item
     if dig(None, fields, "body") is not None:
-        url = dig("", fields, "url") or "/chat/completions"
-        if dig("POST", fields, "method") != "POST" or "/chat/completions" not in url:
-            raise InvalidRequestError("only POST to /chat/completions can be sent")
         fields = fields["body"]
     if not isinstance(fields, dict):
-        raise InvalidRequestError("a request must be an object or a string")
-    unsent = ("custom_id", "stream", "stream_options", "messages", "prompt")
-    rest = {key: value for key, value in fields.items() if key not in unsent}
-    messages: Any = fields.get("messages")
-    prompt = fields.get("prompt")
+        raise InvalidRequestError(f"not an object or a string: {short.repr(fields)}")
+    unsent = ("custom_id", "stream", "stream_options")
+    fields = {key: value for key, value in fields.items() if key not in unsent}
+    messages, prompt = fields.pop("messages", None), fields.pop("prompt", None)
     if (messages is None) == (prompt is None):
         raise InvalidRequestError("a request must have either messages or a prompt")
-    own = {name: rest.pop(name) for name in REQUEST_NAMES[:-1] if name in rest}
-    extra = {k: v for k, v in (defaults.get("extra") or {}).items() if k not in fields}
-    extra.pop("stream_options", None)
-    params = {**defaults, **check_parameters(own), "extra": {**extra, **rest}}
-    turns: list[Any] = dig([], fields, "messages")
-    if any(dig("", turn, "role") == "system" for turn in turns):
+    extra = {**defaults.get("extra", {}), **fields}
+    own = {key: extra.pop(key) for key in REQUEST_NAMES[:-1] if key in fields}
+    params = {**defaults, **check_parameters(own), "extra": extra}
+    if any(dig("", message, "role") == "system" for message in messages or ()):
         params["system"] = own.get("system")  # the default is for those without one
-    return build_request(messages if prompt is None else prompt, **params)
+    return build_request(prompt if messages is None else messages, **params)
+
+
+@contextlib.contextmanager
+def reporting(path: Any, kind: type[NemotronError] = InvalidRequestError) -> Any:
+    """Turn an OSError or ValueError about a file into an error that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError) as error:
+        name = "standard input" if path == "-" else path
+        raise kind(f"{name}: {describe(error)}") from error
 
 
 def lock_file(file: Any, wait: bool) -> None:
-    """Lock a file until it is closed.  Raises BlockingIOError if another run has it."""
+    """Lock a file until it is closed.  Raises ValueError if another run has it."""
     if sys.platform != "win32":
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise
+            raise ValueError("another run is writing to it") from None
         except (ImportError, OSError) as error:
             log_warning(f"no lock, so do not run it twice at once: {describe(error)}")
-
-
-def is_same_file(source: Any, file: Any) -> bool:
-    try:
-        return os.path.sameopenfile(source.fileno(), file.fileno())
-    except (AttributeError, OSError, ValueError):  # it is not a file
-        return False
 
 
 class Checkpoint:
     """The file that a batch appends its rows to, and the requests that have one."""
 
-    def __init__(self, path: str, source: Any) -> None:
+    def __init__(self, path: Any, source: Any) -> None:
         """Open the file, and read its rows.  It must not be the source of requests."""
-        self._path, self._lock = path, threading.Lock()
-        # For each request the custom_ids of its rows, counted.
-        self._answered: dict[bytes, collections.Counter[str]] = {}
-        try:
+        self._path = path
+        self._answered: collections.Counter[Any] = collections.Counter()
+        with reporting(path), contextlib.ExitStack() as stack:
             if os.path.exists(path) and not os.path.isfile(path):
-                raise InvalidRequestError(f"{path}: not a regular file")
-            self._file = open(path, "a+b", buffering=0)
-        except OSError as error:
-            raise InvalidRequestError(f"{path}: {describe(error)}") from None
-        try:
-            if is_same_file(source, self._file):
-                raise InvalidRequestError(f"{path} is the input, too")
-            lock_file(self._file, wait=False)
+                raise ValueError("not a regular file")
+            self.file = stack.enter_context(open(path, "a+b", buffering=0))
+            with contextlib.suppress(AttributeError, OSError, TypeError):
+                if os.path.sameopenfile(source.fileno(), self.file.fileno()):
+                    raise ValueError("it is the input, too")
+            lock_file(self.file, wait=False)
             with open(path, "rb") as lines:
                 self._load(lines)
-        except BaseException as error:
-            self._file.close()
-            if isinstance(error, BlockingIOError):
-                error = InvalidRequestError(f"{path}: another run is writing to it")
-            raise error from None
+            stack.pop_all()
 
     def _load(self, lines: Iterable[bytes]) -> None:
         """Remember the rows, and cut off a torn last one."""
         end = 0
         for number, line in enumerate(lines, 1):
-            row = read_json(line.decode("utf-8", "replace"))
-            is_whole = line.endswith(b"\n")
-            is_torn = isinstance(row, str) and not is_whole
-            if isinstance(row, dict) and {"custom_id", "response", "error"} <= set(row):
-                if row["error"] is None:
-                    key = self._key(row.get("request"))
-                    names = self._answered.setdefault(key, collections.Counter())
-                    names[str(row["custom_id"])] += 1
-                if not is_whole:
-                    self._file.write(b"\n")
-                    break
-            elif is_torn and b'{"id": "batch_req_'.startswith(line[:18]):
-                self._file.truncate(end)
-            else:
-                raise InvalidRequestError(f"{self._path}: line {number} is not a row")
+            row, is_whole = read_json(line.decode("utf-8")), line.endswith(b"\n")
+            if not is_whole and ROW_START.startswith(line[: len(ROW_START)]):
+                self.file.truncate(end)
+            elif not is_whole or not {"response", "error"} <= dig({}, row).keys():
+                raise ValueError(f"line {number} is not a row")
+            elif row["error"] is None:
+                self._answered[self._key(row)] += 1
             end += len(line)
 
-    def _key(self, request: Any) -> bytes:
+    def _key(self, row: JSON) -> tuple[str, bytes]:
+        """Return what identifies a request: its name, unless made up, and its body."""
         import hashlib
 
-        return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).digest()
+        name = re.sub(r"^line-\d+$", "", str(row.get("custom_id")))
+        request = json.dumps(row.get("request"), sort_keys=True)
+        return name, hashlib.sha256(request.encode()).digest()
 
-    def claim(self, row: JSON, is_named: bool) -> bool:
+    def claim(self, row: JSON) -> bool:
         """Use up an earlier row of this request; return whether there was one."""
-        names = self._answered.get(self._key(row["request"]), collections.Counter())
-        name = row["custom_id"]
-        if names[name] < 1 and not is_named:
-            unnamed = (n for n in names if names[n] > 0 and re.match(r"line-\d+$", n))
-            name = next(unnamed, name)
-        names[name] -= 1
-        return names[name] >= 0
+        self._answered[self._key(row)] -= 1
+        return self._answered[self._key(row)] >= 0
 
     def append(self, row: JSON) -> None:
-        """Write a row.  Once that has failed, nothing more is written."""
         line = json.dumps(row).encode("ascii") + b"\n"
-        with self._lock:
-            try:
-                while line and not self._file.closed:  # a full disk takes a part first
-                    line = line[self._file.write(line) :]
-            except OSError as error:
-                self._file.close()
-                raise NemotronError(f"{self._path}: {describe(error)}") from error
-
-    def close(self) -> None:
-        with self._lock:
-            self._file.close()
+        with reporting(self._path, NemotronError):
+            while line:  # a full disk takes a part first
+                line = line[self.file.write(line) :]
 
 
 class Batch:
@@ -1252,38 +1114,35 @@ class Batch:
     FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds
 
     def __init__(
-        self, client: Client, source: Any, jobs: int, output: str | None, params: Any
+        self, client: Client, source: Any, jobs: int, output: Any, params: Any
     ) -> None:
-        import logging  # noqa: F401 (now, as it opens files)
+        import logging  # noqa: F401 (later, there may be no file left to load it)
         import queue
 
-        output = os.fspath(output) if isinstance(output, os.PathLike) else output
         check_value("jobs", jobs)
-        if output is not None:
-            check_value("output", output)
-        client._headers()
-        "localhost".encode("idna")  # which looking up a host needs, and loads
+        client._headers()  # raises for a missing token
+        "localhost".encode("idna")  # loads what looking up a host needs
         self.client, self._jobs = client, jobs
         self._params = {"model": client.model, **check_parameters(params)}
         self._slots = threading.Semaphore(jobs)
         self._rows: Any = queue.SimpleQueue()  # of rows; None wakes the consumer up
-        self._source_lock = threading.Lock()  # of the next three
+        self._source_lock = threading.Lock()  # of _names, _taken and skipped
         self._names: set[str] = set()  # the custom_ids so far
-        self._taken = 0  # requests for which there will be a row
-        self.skipped = 0  # requests that have a row in the output
+        self._taken = self.skipped = 0  # requests taken; those that had a row before
         self._has_ended = False  # no more requests are taken
         self._failure: BaseException | None = None  # why not
-        self.stopped = threading.Event()  # nobody waits for the requests in flight
+        self.stopped = threading.Event()  # what is in flight is dropped
         self.pause_lock = threading.Lock()  # of the next three
         self.paused_at = self.not_before = -math.inf  # on the clock
         self.next_pause = self.FIRST_PAUSE
-        self._output = None if output is None else Checkpoint(output, source)
+        self._output: Checkpoint | None = None
+        if output is not None:
+            check_value("output", output)
+            self._output = Checkpoint(output, source)
 
     def rows(self, numbered: Any, parse: Any = lambda item: item) -> Iterator[JSON]:
         """Yield the rows as they come; then raise what has ended the batch early."""
-        import queue
-
-        self._numbered, self._parse, consumed = iter(numbered), parse, 0
+        self._requests, self._parse, consumed = self._take(numbered), parse, 0
         try:
             for started in range(self._jobs):
                 try:
@@ -1293,74 +1152,63 @@ class Batch:
                         raise NemotronError(f"no thread: {error}") from None
                     break
             while not self._has_ended or consumed < self._taken:
-                row = None
                 try:
-                    row = self._rows.get(timeout=0.5)  # Ctrl-C is noticed in between
-                except queue.Empty:
-                    pass
+                    row = self._rows.get()
                 except KeyboardInterrupt as error:
-                    self.stop(error)
+                    self.end(error, at_once=True)
+                    continue
                 if row:
                     consumed += 1
+                    if self._output:
+                        self._output.append(row)
                     yield row
                     self._slots.release()
-                if self.stopped.is_set() and self._rows.empty():
+                elif self.stopped.is_set():
                     break
         finally:
-            self.stop()
+            self.end(at_once=True)
+            if self._output:
+                self._output.file.close()
         if self._failure:
             raise self._failure
 
-    def _end(self, failure: BaseException | None = None) -> None:
-        """Take no more requests."""
+    def end(self, failure: BaseException | None = None, at_once: bool = False) -> None:
+        """Take no more requests; at once: do not wait for those in flight either."""
         self._failure = self._failure or failure
         self._has_ended = True
+        if at_once:
+            self.stopped.set()
+            self._slots.release(self._jobs)  # for the workers that wait for one
         self._rows.put(None)
-
-    def stop(self, failure: BaseException | None = None) -> None:
-        """Take no more requests, and do not wait for those in flight."""
-        self._failure = self._failure or failure
-        self.stopped.set()  # first: the rest needs memory
-        self._end()
-        for _ in range(self._jobs):  # for the workers that wait for a slot
-            self._slots.release()
-        if self._output:
-            self._output.close()
 
     def _work(self) -> None:
         try:
             while self._slots.acquire():
                 with self._source_lock:
-                    row, body = self._next_request()
+                    row, body = next(self._requests, ({}, {}))
                 if body:
                     self._answer(row, body)
                 if not row or self.stopped.is_set():
                     break
-                if self._output:
-                    self._output.append(row)
                 self._rows.put(row)
-        except BaseException as error:  # the output is full, or no memory is left
-            self.stop(error)
+        except BaseException as error:  # no memory is left
+            self.end(error, at_once=True)
 
-    def _next_request(self) -> tuple[JSON, JSON]:
-        """Take the next request; return its row, and the body to send, if there is one.
-
-        Both are empty at the end.  Taking and counting are one step, under the lock.
-        """
-        while not self._has_ended:
-            try:
-                number, item = next(self._numbered)
-            except BaseException as error:
-                self._end(None if isinstance(error, StopIteration) else error)
-                break
-            row, body = self._prepare(f"line-{number}", item)
-            is_named = row["custom_id"] != f"line-{number}"
-            if body and self._output and self._output.claim(row, is_named):
-                self.skipped += 1
-                continue
-            self._taken += 1
-            return row, body
-        return {}, {}
+    def _take(self, numbered: Any) -> Iterator[tuple[JSON, JSON]]:
+        """Yield the row of each request, and the body to send, if it is valid."""
+        try:
+            for number, item in numbered:
+                row, body = self._prepare(f"line-{number}", item)
+                if self._has_ended:
+                    return
+                if body and self._output and self._output.claim(row):
+                    self.skipped += 1
+                else:
+                    self._taken += 1
+                    yield row, body
+            self.end()
+        except Exception as error:
+            self.end(error)
 
     def _prepare(self, name: str, item: Any) -> tuple[JSON, JSON]:
         """Return the row of a request, and its body if it is valid."""
@@ -1368,47 +1216,48 @@ class Batch:
         row.update(request=None, response=None, error=None)
         try:
             item = self._parse(item)
-            own = item.get("custom_id") if isinstance(item, dict) else None
-            if own is not None and not isinstance(own, str):
+            own: Any = dig(None, item, "custom_id")
+            if not isinstance(own, (str, type(None))):
                 raise InvalidRequestError("custom_id must be a string")
             name = row["custom_id"] = name if own is None else own
             if name in self._names:
-                duplicate = InvalidRequestError(f"custom_id {name} was used before")
-                duplicate.code = "duplicate_custom_id"
-                raise duplicate
+                row["error"] = {"code": "duplicate_custom_id", "message": name}
+                return row, {}
             self._names.add(name)
             body = json.loads(to_json(read_request(item, self._params)))
             row["request"] = self.client._redact(body)
             return row, body
         except Exception as error:
-            if not isinstance(error, NemotronError):
-                error = InvalidRequestError(f"not a request: {error}")
-            row["error"] = {"code": error.code, "message": str(error)}
+            self._set_error(row, error, InvalidRequestError)
             return row, {}
+
+    def _set_error(self, row: JSON, error: Any, kind: type[NemotronError]) -> None:
+        if not isinstance(error, NemotronError):
+            error = kind(f"{type(error).__name__}: {error}")
+        row["error"] = {"code": error.code, "message": self.client._redact(str(error))}
 
     def _answer(self, row: JSON, body: JSON) -> None:
         """Send a request, and put what comes of it into its row."""
-        exchange, status = BatchExchange(self, body), 200
+        exchange, redact, reply = BatchExchange(self, body), self.client._redact, None
         try:
             exchange.send(exchange.read_completion)
-            reply = exchange.redacted
+            reply = redact(exchange.body)
             self.next_pause = self.FIRST_PAUSE
-        except Exception as cause:
-            is_own = isinstance(cause, NemotronError)
-            error: Any = cause if is_own else ReplyError(f"odd reply: {cause!r}")
+        except Exception as error:
+            self._set_error(row, error, ReplyError)
+            reply = getattr(error, "body", None)
             if isinstance(error, AuthenticationError):
-                self._end(error)
-            row["error"] = {"code": error.code, "message": str(error)}
-            reply, status = error.body, error.status_code
-        response = {"status_code": status, "request_id": exchange.request_id}
-        row["response"] = {**response, "body": reply} if status else None
+                self.end(error)
+        if exchange.status:
+            response = {"status_code": exchange.status, "body": reply}
+            row["response"] = {**response, "request_id": redact(exchange.request_id)}
 
 
 class BatchExchange(Exchange):
     """A call of a batch, whose workers share the pauses that a busy server needs."""
 
     def __init__(self, batch: Batch, body: JSON) -> None:
-        super().__init__(batch.client, body, default_retries=6)
+        super().__init__(batch.client, body, 6)
         self._batch, self._paused, self._sent_at = batch, 0.0, 0.0
 
     def _wait(self, seconds: float) -> None:
@@ -1421,20 +1270,15 @@ class BatchExchange(Exchange):
         self._sent_at = clock()
 
     def _delay_after(self, error: NemotronError) -> float:
-        """Pause after a busy server's answer, without using up a retry.
-
-        The answer to a request that was sent before a pause does not begin another one.
-        """
+        """Pause all workers when the server is busy; this uses up no retry."""
         batch, now, delay = self._batch, self.client._clock(), error.retry_after or 0.0
-        cause = error.__cause__
-        is_full = getattr(cause, "errno", 0) in (errno.EMFILE, errno.ENFILE)
-        if is_full or isinstance(cause, MemoryError):
+        if getattr(error.__cause__, "errno", 0) in (errno.EMFILE, errno.ENFILE):
             delay = 0.1  # until another worker has ended a call
         elif not isinstance(error, RateLimitError):
             return super()._delay_after(error)
         elif delay <= self.client.timeout:
             with batch.pause_lock:
-                if self._sent_at >= batch.paused_at:
+                if self._sent_at >= batch.paused_at:  # else this pause was for it, too
                     batch.paused_at = now
                     if not delay:
                         delay = batch.next_pause
@@ -1458,34 +1302,21 @@ def offline(**settings: Any) -> Iterator[Client]:
     The server answers every request with the last user message, in the documented
     shapes, and with usage counted in words.  It needs no token, network or model.
     """
-    import http.server
     import socketserver
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            length = int(self.headers.get("Content-Length", 0))
-            body = read_json(self.rfile.read(length).decode("utf-8", "replace"))
-            chunks, merger = list(echo(body)), ChunkMerger()
-            collections.deque(map(merger.add, chunks), maxlen=0)
-            kind, answer = "application/json", to_json(merger.completion())
-            if dig(False, body, "stream"):
-                kind, events = "text/event-stream", [*map(to_json, chunks), "[DONE]"]
-                answer = "".join(f"data: {event}\n\n" for event in events)
-            self.send_response(200)
-            self.send_header("Content-Type", kind)
-            self.end_headers()
-            self.wfile.write(answer.encode("ascii"))
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError, ValueError):  # the client has gone
+                self.rfile.readline()
+                headers = http.client.parse_headers(self.rfile)
+                body = self.rfile.read(int(headers.get("Content-Length", 0)))
+                kind, answer = echo(read_json(body.decode("utf-8", "replace")))
+                head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nConnection: close"
+                self.wfile.write(f"{head}\r\n\r\n{answer}".encode("ascii"))
 
-        def log_message(self, *args: Any, **kwargs: Any) -> None:
-            pass
-
-    class Server(socketserver.ThreadingTCPServer):
-        daemon_threads, request_queue_size = True, 1024
-
-        def handle_error(self, *args: Any, **kwargs: Any) -> None:
-            pass  # the client has gone
-
-    with Server(("127.0.0.1", 0), Handler) as server:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        server.socket.listen(1024)  # connections at once
         # It polls for the shutdown every 0.01 seconds.
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}/v1/openai"
@@ -1495,602 +1326,434 @@ def offline(**settings: Any) -> Iterator[Client]:
             server.shutdown()
 
 
-def echo(body: Any) -> Iterator[JSON]:
-    """Yield the last user message of a request as a stream, word by word."""
-    prompt, sent = "", 0
-    messages: list[Any] = dig([], body, "messages")
-    for message in messages:
-        content: Any = dig(None, message, "content")
-        parts = content if isinstance(content, list) else [{"text": content}]
-        text = "".join(dig("", part, "text") for part in parts)
-        sent += len(text.split())
-        prompt = text if message["role"] == "user" else prompt
-    words = re.findall(r"\s*\S+|\s+$", prompt)
-    usage = {"prompt_tokens": sent, "completion_tokens": len(words)}
-    usage.update(total_tokens=sent + len(words), estimated_cost=0)
-    head: JSON = {
-        "id": f"chatcmpl-{os.urandom(12).hex()}",
-        "model": dig("", body, "model"),
-    }
-    head = {**head, "object": "chat.completion.chunk", "created": int(time.time())}
-    for piece in ("", *words, STOP_TOKEN, None):
-        for index in range(dig(1, body, "n")):
-            delta = {} if piece is None else {"role": "assistant", "content": piece}
-            reason = "stop" if piece is None else None
-            choice = {"index": index, "delta": delta, "finish_reason": reason}
-            yield {**head, "choices": [choice]}
-    yield {**head, "choices": [], "usage": usage}
+def echo(request: Any) -> tuple[str, str]:
+    """Return the content type and the text of a reply: the last user message."""
+    messages: list[Any] = dig([], request, "messages")
+    turns = [turn for turn in messages if dig("", turn, "role") == "user"]
+    content: Any = dig(None, turns, -1, "content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    text = "".join(dig("", part, "text") for part in parts)
+    words = re.findall(r"\s*\S+|\s+$", text)
+    usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
+    usage.update(total_tokens=2 * len(words), estimated_cost=0)
+
+    def reply(key: str, text: str, reason: str | None) -> JSON:
+        part = {key: {"role": "assistant", "content": text}, "finish_reason": reason}
+        choices = [{"index": i, **part} for i in range(dig(1, request, "n"))]
+        kind = "chat.completion" if key == "message" else "chat.completion.chunk"
+        head = {"id": "chatcmpl-offline", "object": kind, "created": int(time.time())}
+        return {**head, "model": dig("", request, "model"), "choices": choices}
+
+    if not dig(False, request, "stream"):
+        whole = {**reply("message", text, "stop"), "usage": usage}
+        return "application/json", to_json(whole)
+    chunks = [reply("delta", word, None) for word in words]
+    chunks.append({**reply("delta", STOP_TOKEN, "stop"), "usage": usage})
+    events = [*map(to_json, chunks), "[DONE]"]
+    return "text/event-stream", "".join(f"data: {event}\n\n" for event in events)
 
 
 # --------------------------------------------------------------- Command line: options
 
-HELP_END = f"""\
+USAGE = "%(prog)s [options] [PROMPT ...]"
+HELP = f"Send PROMPT and piped input to {MODEL}."
+HELP_END = """\
 examples:
   %(prog)s 'Name two techniques to cook lamb.'
   git diff | %(prog)s -s 'Be brief.' 'Write a commit message for this diff.'
-  %(prog)s --batch topics.txt --output rows.jsonl 'Write a question about {{}}.'
+  %(prog)s --batch topics.txt --output rows.jsonl 'Write a question about {}.'
 
 exit status:
-  0    a complete reply; every row of a batch complete
+  0    every reply is complete
   1    the API or the network failed; a batch has error rows
-  2    usage: a bad option, parameter, message or file; nothing was sent
-  3    the reply is not complete: it stopped early, or its finish_reason is
-       {", ".join(INCOMPLETE)}; a batch with such rows,
-       or stopped by --max-cost
-  4    the token is missing or refused (401, 402, 403)
-  5    busy after all retries (429, 503): try later
+  2    usage: nothing was sent
+  3    a reply is not complete; a batch was stopped by --max-cost
+  4    DEEPINFRA_TOKEN is missing or refused (401, 402, 403)
+  5    busy after all retries (429, 503)
   130  Ctrl-C
-  141  the reader of standard output closed the pipe"""
-OPTIONS = """\
-request    | -s --system       | TEXT | system message
-request    | -m --model        | TEXT | model; default: NEMOTRON_MODEL
-request    | -o --option       | KEY VALUE | any field; VALUE is JSON, @FILE or a string
-request    | -c --conversation | FILE | continue the conversation in FILE (JSON)
-request    | -i --interactive  |      | chat, a turn a line; exit or Ctrl-D ends it
-request    | -n --no-stdin     |      | leave standard input alone
-reply      | --no-stream       |      | wait for the whole reply
-reply      | --json            |      | print the server's JSON on one line
-reply      | -u --usage        |      | then tokens, cost and seconds on standard error
-reply      | --dry-run         |      | print the JSON body and send nothing
-batch      | --batch           | FILE | send each line of FILE (-: standard input)
-batch      | --output          | FILE | append the rows to FILE, and skip those it has
-batch      | -j --jobs         | N    | requests at a time, 1 to 200; default: 8
-batch      | --max-cost        | N    | send no more after so many US dollars
-connection | --base-url        | TEXT | default: DEEPINFRA_BASE_URL
-connection | --timeout         | N    | seconds of silence; default: 600
-connection | --deadline        | N    | seconds for a whole call
-connection | --retries         | N    | default: 2, in a batch 6
-connection | --offline         |      | use a built-in server that echoes the prompt"""
+  141  standard output was closed"""
+OPTIONS = read_table("""\
+request | -s --system | TEXT | system message
+request | -m --model | ID | default: NEMOTRON_MODEL
+request | -o --option | KEY VALUE | any field; VALUE is JSON, @FILE or a string
+request | -n --no-stdin | | leave standard input alone
+request | --no-stream | | wait for the whole reply
+request | -u --usage | | show tokens, cost and seconds
+prompt | -c --conversation | PATH | continue the conversation in FILE
+prompt | -i --interactive | | chat, a turn a line; exit or Ctrl-D ends it
+prompt | --json | | print the server's JSON
+prompt | --dry-run | | print the JSON body only
+batch | --batch | FILE | send each line of FILE (-: standard input)
+batch | --output | FILE | append rows, skip those it has
+batch | -j --jobs | an integer | at a time, 1 to 200; default: 8
+batch | --max-cost | a number | US dollars to spend
+server | --base-url | URL | default: DEEPINFRA_BASE_URL
+server | --timeout | a number | seconds of silence; default: 600
+server | --deadline | a number | seconds for a whole call
+server | --retries | an integer | default: 2, in a batch 6
+server | --offline | | a built-in one, which echoes""")
 
 
-def write_stderr(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be closed
-        sys.stderr.write(text)
-        sys.stderr.flush()
-
-
-def warn(message: object) -> None:
-    """Write one line to standard error."""
-    write_stderr(f"nemotron: {one_line(str(message))}\n")
-
-
-def number(text: str) -> float:
-    return int(text) if text.lstrip("+-").isdigit() else float(text)
-
-
-def utf8(text: str) -> str:
-    """Return an argument decoded as UTF-8, whatever the locale."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8")
-
-
-def parse_options(argv: list[str]) -> argparse.Namespace:
-    """Return the options.  Raises InvalidRequestError, or SystemExit for -h."""
+def parse_options(argv: list[str]) -> Any:
     import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
-            raise InvalidRequestError(f"{message} (-h shows the options)")
+            raise InvalidRequestError(f"{message} (see -h)")
 
-    program = os.path.basename(sys.argv[0])
-    parser = Parser(
-        prog="nemotron.py" if program[:1] in ("", "-") else program,
-        usage="%(prog)s [options] [PROMPT ...]",
-        description="Send PROMPT, and standard input if it is not a terminal, to\n"
-        f"{MODEL} or any OpenAI-compatible endpoint.\nThe token is in DEEPINFRA_TOKEN.",
-        epilog=HELP_END,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("words", nargs="*", type=utf8, help=argparse.SUPPRESS)
+    parser = Parser(usage=USAGE, description=HELP, epilog=HELP_END, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=__version__)
-    rows = read_table(OPTIONS)
-    for name, _, limits, _, text in PARAMETERS:
-        if name not in ("n", "tools", "response_format"):  # which need -o
-            flag, kind = f"--{name.replace('_', '-')}", "N" if limits else "TEXT"
-            rows.append(["sampling", flag, kind, f"{text}; {limits}".rstrip("; ")])
-    for title, group in itertools.groupby(rows, operator.itemgetter(0)):
-        add = parser.add_argument_group(title).add_argument
-        for _, flags, kind, text in group:
-            convert = {"N": number, "FILE": str}.get(kind, utf8)
-            settings: JSON = {"metavar": kind, "type": convert}
-            if not kind:
-                settings = {"action": "store_true"}
-            elif kind == "KEY VALUE":
-                settings.update(metavar=("KEY", "VALUE"), nargs=2, action="append")
-            elif flags == "--stop":
-                settings["action"] = "append"
-            add(*flags.split(), help=text, **settings)
+    kinds: dict[str, JSON] = {
+        "": {"action": "store_true", "default": None},
+        "PATH": {"metavar": "FILE", "type": os.path.realpath},
+        "KEY VALUE": {"action": "append", "nargs": 2, "metavar": ("KEY", "VALUE")},
+        "a number": {"type": float, "metavar": "X"},
+        "an integer": {"type": int, "metavar": "N"},
+        "a string or a list of 1 to 16": {"action": "append", "metavar": "TEXT"},
+    }
+    rows = OPTIONS + [
+        ["sampling", "--" + name.replace("_", "-"), kind, f"{limits or kind}: {text}"]
+        for name, kind, limits, _, text in PARAMETERS
+        if name not in ("n", "tools", "response_format")  # which need -o
+    ]
+    groups = {row[0]: parser.add_argument_group(row[0]) for row in rows}
+    for title, flags, kind, text in rows:
+        settings = kinds.get(kind, {"metavar": kind})
+        groups[title].add_argument(*flags.split(), help=text, **settings)
+    argv = [os.fsencode(arg).decode("utf-8", "surrogateescape") for arg in argv]
     end = argv.index("--") if "--" in argv else len(argv)  # after it, all are words
-    options = parser.parse_intermixed_args(argv[:end])
-    options.words += map(utf8, argv[end + 1 :])
-    return options
+    args = parser.parse_intermixed_args(argv[:end])
+    args.words += argv[end + 1 :]
+    args.stream = not (args.json or args.no_stream or args.batch)
+    return args
 
 
-def check_options(options: argparse.Namespace) -> None:
-    """Raise InvalidRequestError for options that do not go together."""
-    is_batch = options.batch is not None
-    given = {k for k, v in vars(options).items() if v is not None and v is not False}
-    single, several = "conversation interactive dry_run json", "output jobs max_cost"
-    wrong = given & set((single if is_batch else several).split())
-    if wrong:
-        reason = "does not go with" if is_batch else "needs"
-        raise InvalidRequestError(f"--{min(wrong).replace('_', '-')} {reason} --batch")
-    if {"interactive", "dry_run"} <= given:
-        raise InvalidRequestError("--dry-run does not go with -i")
-    if sys.stdout is None and options.output is None:
+def read_params(args: Any) -> JSON:
+    """Return the parameters; check that the options go together."""
+    excluded = "batch" if args.batch is None else "prompt"
+    for title, flags, _, _ in OPTIONS:
+        name = flags.partition("--")[2].replace("-", "_")
+        if title == excluded and getattr(args, name) is not None:
+            raise InvalidRequestError(f"{flags} is only for a {title}")
+    if sys.stdout is None and args.output is None:
         raise InvalidRequestError("standard output is closed")
-
-
-def read_params(options: argparse.Namespace) -> JSON:
-    """Return the parameters that the options give; the fields of -o go into extra."""
     extra: JSON = {}
-    for key, value in options.option or ():
-        if value.startswith("@"):
-            value = read_file(value[1:])
-        extra[key] = read_json(value)
-    is_blocking = options.no_stream or options.json or options.batch is not None
-    if options.usage and not is_blocking:
+    for key, value in args.option or ():
+        extra[key] = read_json(read_file(value[1:]) if value[:1] == "@" else value)
+    if args.usage and args.stream:
         extra.setdefault("stream_options", {"include_usage": True})
-    allows_n = options.json or options.batch or options.dry_run
-    if extra.get("n", 1) != 1 and not allows_n:
+    if extra.get("n", 1) != 1 and not (args.json or args.batch or args.dry_run):
         raise InvalidRequestError("n over 1 needs --json or --batch")
-    params = {name: getattr(options, name, None) for name in PARAMETER_NAMES}
-    return check_parameters({**params, "system": options.system, "extra": extra})
+    params = {row[0]: getattr(args, row[0], None) for row in PARAMETERS}
+    return check_parameters({**params, "extra": extra})
 
 
 # ------------------------------------------- Command line: one reply and conversations
 
 
-class OutputError(NemotronError, code="output"):
-    """Standard output cannot be written; exit_status is 141 if its reader has gone."""
-
-
-def write_output(text: str) -> None:
-    """Write to standard output, and flush.  Raises OutputError."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except OSError as cause:
-        error = OutputError(f"standard output: {describe(cause)}")
-        gone = (errno.EPIPE, errno.EINVAL if os.name == "nt" else errno.EPIPE)
-        error.exit_status = 141 if cause.errno in gone else 1
-        with contextlib.suppress(OSError, ValueError):  # or exiting would fail again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise error from cause
-
-
-def is_terminal(file: Any) -> bool:
-    return file is not None and file.isatty()
+def warn(message: object) -> None:
+    with contextlib.suppress(OSError, ValueError):  # it may be full or closed
+        print("nemotron:", one_line(str(message)), file=sys.stderr)
 
 
 def write_reply(pieces: Iterable[str]) -> None:
     """Write a reply: no white space before it, and one newline after it."""
-    begun, on_terminal, newlines = False, is_terminal(sys.stdout), ""
+    show = escape_controls if sys.stdout.isatty() else str
+    begun, newlines = False, ""
     try:
         for piece in pieces:
-            piece = piece if begun else piece.lstrip()
-            text = piece.rstrip("\r\n")
-            if text:
-                begun, line = True, newlines + text
-                write_output(escape_controls(line) if on_terminal else line)
-                newlines = piece[len(text) :]
-            else:
-                newlines += piece  # which may be the last
+            text = newlines + piece if begun else piece.lstrip()
+            line = text.rstrip("\r\n")
+            newlines = text[len(line) :]
+            begun = begun or line != ""
+            print(show(line), end="", flush=True)
         begun = True  # an empty reply is an empty line
-    except KeyboardInterrupt:
-        begun = begun or on_terminal  # which shows ^C
-        raise
     finally:
         if begun:
-            write_output("\n")
+            print(flush=True)
 
 
 def open_input(path: str) -> Any:
     """Open a file, or standard input for "-", for which it may have to wait."""
-    if path != "-":
-        return open(path, "rb")
-    # Not the buffer of sys.stdin, which a thread may still hold when the program ends.
-    file = open(os.dup(sys.stdin.fileno()) if sys.stdin else os.devnull, "rb")
-    with contextlib.suppress(OSError, AttributeError):  # Windows, until 3.12
-        os.set_blocking(file.fileno(), True)  # or silence would be taken for the end
-    note = "waiting for standard input (-n leaves it alone)"
-    timer = threading.Timer(2.0, warn, [note])
-    timer.daemon = True
-    timer.start()
-    try:
+    with reporting(path):
+        if path != "-":
+            return open(path, "rb")
+        # A thread may still hold the buffer of sys.stdin at the end.
+        file = open(os.dup(sys.stdin.fileno()), "rb")
+        with contextlib.suppress(AttributeError):  # Windows, until 3.12
+            os.set_blocking(file.fileno(), True)  # or silence would be the end
+        timer = threading.Timer(2.0, warn, ["waiting for standard input (or use -n)"])
+        timer.daemon = True
+        timer.start()
         file.peek(1)
-    finally:
         timer.cancel()
-    return file
+        return file
 
 
 def read_file(path: str) -> str:
-    """Return the text of a file, or of "-".  Raises InvalidRequestError."""
-    try:
-        with open_input(path) as file:
-            return str(file.read(), "utf-8-sig")
-    except (OSError, ValueError) as error:
-        name = "standard input" if path == "-" else path
-        raise InvalidRequestError(f"{name}: {describe(error)}") from None
+    with open_input(path) as file, reporting(path):
+        return str(file.read(), "utf-8-sig")
 
 
 def read_prompt(words: list[str], no_stdin: bool) -> str:
-    """Return the words, and standard input where the word "-" is, or after them."""
-    if no_stdin:
+    """Return the words, with standard input after them or in place of "-"."""
+    if no_stdin or ("-" not in words and sys.stdin.isatty()):
         return " ".join(words)
-    has_input = "-" in words or not is_terminal(sys.stdin)
-    text = read_file("-").rstrip("\r\n") if has_input else ""
     place = words.index("-") if "-" in words else len(words)
-    parts = (" ".join(words[:place]), text, " ".join(words[place + 1 :]))
-    return "\n\n".join(filter(None, parts))
+    before, after = " ".join(words[:place]), " ".join(words[place + 1 :])
+    text = read_file("-").rstrip("\r\n")
+    return "\n\n".join(filter(None, (before, text, after)))
 
 
-class Conversation:
-    """The messages so far, and the file that keeps them, if there is one."""
-
-    def __init__(self, path: str | None, system: str | None) -> None:
-        self._path = path and os.path.realpath(path)
-        self._text = self._read()
-        try:
-            text = "[]" if self._text is None else self._text
-            self.messages = check_messages(json.loads(text))
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequestError(f"{path}: {error}") from None
-        if system is not None:
-            others = [m for m in self.messages if m["role"] != "system"]
-            self.messages = [{"role": "system", "content": system}, *others]
-
-    def _read(self) -> str | None:
-        """Return the text of the file, or None if there is none yet.
-
-        Raises InvalidRequestError, also if the file could not be replaced later.
-        """
-        import tempfile
-
-        if self._path is None:
-            return None
-        try:
-            tempfile.TemporaryFile(dir=os.path.dirname(self._path)).close()
-        except OSError as error:
-            message = f"{os.path.dirname(self._path)}: {describe(error)}"
-            raise InvalidRequestError(message) from None
-        if os.path.exists(self._path) and not os.path.isfile(self._path):
-            raise InvalidRequestError(f"{self._path}: not a regular file")
-        return read_file(self._path) if os.path.exists(self._path) else None
-
-    def save(self, messages: list[JSON]) -> None:
-        """Go on from these messages, and replace the file in one step.
-
-        Raises NemotronError, and leaves the file as it is, if it cannot be written, or
-        was changed since it was read.
-        """
-        path = self._path
-        if path is not None:
-            text = json.dumps(messages, indent=1) + "\n"
-            try:
-                self._replace(path, os.path.dirname(path), text.encode("ascii"))
-            except (OSError, InvalidRequestError) as error:
-                raise NemotronError(f"{path}: {describe(error)}") from error
-            self._text = text
-        self.messages = messages
-
-    def _replace(self, path: str, folder: str, content: bytes) -> None:
-        import tempfile
-
-        with contextlib.ExitStack() as stack:
-            if sys.platform != "win32":  # which cannot open a folder
-                lock = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, lock)
-                lock_file(lock, wait=True)
-            if self._read() != self._text:
-                raise NemotronError(f"{path} was changed meanwhile, and is kept so")
-            temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
-            new = os.path.join(temporary, "new")
-            with open(new, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(OSError):  # not every file system has modes
-                mode = os.stat(path).st_mode if os.path.exists(path) else 0o600
-                os.chmod(new, mode & 0o7777)
-            os.replace(new, path)
-
-
-def finish_problem(reply: Completion) -> str:
-    """Return the finish_reason by which a choice is not complete; "" if all are."""
-    choices: list[Any] = dig([], reply, "choices")
-    reasons = [dig("", choice, "finish_reason") for choice in choices]
-    return next((reason for reason in reasons if reason in INCOMPLETE), "")
-
-
-def format_cost(cost: float | None) -> str:
-    return "cost unknown" if cost is None else f"${cost:.8f}".rstrip("0").rstrip(".")
-
-
-def print_reply(client: Client, options: Any, messages: Any, params: JSON) -> Any:
-    """Send the messages, print the reply as it arrives, and return it."""
-    began = time.monotonic()
-    if options.json or options.no_stream:
-        reply = client.chat(messages, **params)
-        write_reply([json.dumps(reply) if options.json else reply.text])
-    else:
-        with client.stream(messages, **params) as stream:
-            write_reply(stream)
-            reply = stream.completion()
-    problem = finish_problem(reply)
-    if problem:
-        cure = " (--max-tokens sets it)" if problem == "length" else ""
-        warn(f"the reply is not complete, its finish_reason is {problem}{cure}")
-    if reply.tool_calls and not options.json:
-        warn("the reply calls tools: --json shows how")
-    if options.usage:
-        usage, model = reply.usage, dig("", reply, "model")
-        tokens = [str(usage.get(f"{x}_tokens", "?")) for x in ("prompt", "completion")]
-        other = f", model {model}" if model not in ("", params["model"]) else ""
-        cost, seconds = format_cost(reply.cost), time.monotonic() - began
-        warn(f"{' + '.join(tokens)} tokens, {cost}, {seconds:.1f} s{other}")
-    return reply
-
-
-def read_turns(words: list[str], no_stdin: bool) -> Iterator[str]:
+def read_turns(words: list[str]) -> Iterator[str]:
     """Yield the turns of a chat: the words, then standard input line by line."""
     yield " ".join(words)
-    if no_stdin:
+    if not sys.stdin.isatty():
+        yield from (str(line, "utf-8-sig", "replace") for line in open_input("-"))
         return
-    if not is_terminal(sys.stdin):
-        yield from (line.decode("utf-8-sig", "replace") for line in open_input("-"))
-        return
-    stdin: Any = sys.stdin
-    stdin.reconfigure(encoding="utf-8", errors="replace")
     warn("exit or Ctrl-D ends the chat, Ctrl-C drops a turn")
     with contextlib.suppress(ImportError):
-        import readline  # which input() then uses
+        import readline
 
-        editor: Any = readline  # which Windows has from elsewhere
-        editor.parse_and_bind("set enable-bracketed-paste on")  # a paste is one turn
+        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one turn
     while True:
         try:
-            if is_terminal(sys.stdout):
-                yield input("> ")
-            else:
-                write_stderr("> ")
-                yield sys.stdin.readline() or "exit"
+            if not sys.stdout.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            yield input("> " if sys.stdout.isatty() else "")
         except (KeyboardInterrupt, EOFError) as error:
-            write_stderr("\n")
+            print(file=sys.stderr)
             if isinstance(error, EOFError):
                 return
 
 
-def run_chat(client: Client, options: argparse.Namespace, params: JSON) -> int:
-    """Chat until the user ends it; a turn that fails is dropped."""
-    conversation = Conversation(options.conversation, params.pop("system", None))
-    client._headers()  # without a token, no turn can succeed
-    for text in map(str.strip, read_turns(options.words, options.no_stdin)):
+def load_conversation(path: str) -> list[JSON] | None:
+    """Return the messages in a file; None if there is no file."""
+    with reporting(path):
+        tempfile.TemporaryFile(dir=os.path.dirname(path)).close()
+        if not os.path.exists(path):
+            return None
+        if not os.path.isfile(path):
+            raise ValueError("not a regular file")
+        with open(path, "rb") as file:
+            return check_messages(json.load(file))
+
+
+def save_conversation(path: str, before: Any, after: list[JSON]) -> None:
+    """Replace the messages in a file, unless they are no longer those before."""
+    folder = os.path.dirname(path)
+    with reporting(path, NemotronError), contextlib.ExitStack() as stack:
+        if sys.platform != "win32":  # which cannot open a folder
+            lock = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            lock_file(lock, wait=True)
+        if load_conversation(path) != before:
+            raise NemotronError(f"{path} was changed meanwhile")
+        temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
+        with tempfile.NamedTemporaryFile("w", dir=temporary, delete=False) as file:
+            print(json.dumps(after, indent=1), file=file)
+        with contextlib.suppress(OSError):  # a new file is 0600
+            shutil.copymode(path, file.name)
+        os.replace(file.name, path)
+
+
+def finish_problem(reply: Completion) -> str:
+    """Return why the reply is not complete; "" if it is."""
+    choices: list[Any] = dig([], reply, "choices")
+    reasons = {dig("", choice, "finish_reason") for choice in choices}
+    return ", ".join(reasons.intersection(INCOMPLETE))
+
+
+def format_cost(cost: float | None) -> str:
+    if cost is None or math.isnan(cost):
+        return "cost unknown"
+    return f"${cost:.8f}".rstrip("0").rstrip(".")
+
+
+def send_turn(args: Any, saved: Any, prompt: str) -> tuple[list[JSON], int]:
+    """Send one more prompt; return all messages, and the exit status."""
+    messages, began = list(saved or []), time.monotonic()
+    if prompt:
+        messages.append({"role": "user", "content": prompt})
+    if not messages:
+        raise InvalidRequestError("no prompt: nemotron.py [options] [PROMPT ...]")
+    if args.system is not None:
+        messages = [m for m in messages if m["role"] != "system"]
+        messages.insert(0, {"role": "system", "content": args.system})
+    if args.dry_run:
+        body = build_request(messages, stream=args.stream, **args.params)
+        print(to_json(body), flush=True)
+        return messages, 0
+    if args.stream:
+        with args.client.stream(messages, **args.params) as stream:
+            write_reply(stream)
+            reply = stream.completion()
+    else:
+        reply = args.client.chat(messages, **args.params)
+        write_reply([json.dumps(reply) if args.json else reply.text])
+    problem = finish_problem(reply)
+    if problem:
+        warn(f"the reply is not complete: finish_reason {problem}")
+    if args.usage:
+        seconds, answered = time.monotonic() - began, dig("", reply, "model")
+        sent = reply.usage.get("prompt_tokens", "?")
+        tokens = f"{sent} + {reply.usage.get('completion_tokens', '?')} tokens"
+        other = f", model {answered}" if answered not in ("", args.client.model) else ""
+        warn(f"{tokens}, {format_cost(reply.cost)}, {seconds:.1f} s{other}")
+    messages.append(reply.message)
+    if args.conversation:
+        save_conversation(args.conversation, saved, messages)
+    return messages, 3 if problem else 0
+
+
+def converse(args: Any) -> int:
+    """Send one prompt, or each turn of a chat."""
+    saved = load_conversation(args.conversation) if args.conversation else None
+    if args.no_stdin or args.dry_run or not args.interactive:
+        prompt = read_prompt(args.words, args.no_stdin)
+        return send_turn(args, saved, prompt)[1]
+    args.client._headers()  # without a token, no turn succeeds
+    for text in filter(None, map(str.strip, read_turns(args.words))):
         if text == "exit":
             break
         try:
-            if text:
-                turn = [*conversation.messages, {"role": "user", "content": text}]
-                reply = print_reply(client, options, turn, params)
-                conversation.save([*turn, reply.message])
-        except OutputError:
-            raise
-        except NemotronError as error:
-            warn(error)
-        except KeyboardInterrupt:
-            warn("stopped, this turn is dropped")
+            saved, _ = send_turn(args, saved, text)
+        except (NemotronError, KeyboardInterrupt) as error:
+            warn(str(error) or "stopped, this turn is dropped")
     return 0
-
-
-def run_prompt(client: Client, options: argparse.Namespace, params: JSON) -> int:
-    """Send one prompt, and print the reply."""
-    conversation = Conversation(options.conversation, params.pop("system", None))
-    messages = conversation.messages
-    prompt = read_prompt(options.words, options.no_stdin)
-    if prompt:
-        messages = [*messages, {"role": "user", "content": prompt}]
-    elif last_turn(messages)[1] not in ("user", "tool"):
-        usage = "nemotron.py [options] [PROMPT ...] (-h shows the options)"
-        raise InvalidRequestError(f"no prompt: {usage}")
-    if options.dry_run:
-        is_stream = not (options.json or options.no_stream)
-        body = build_request(messages, stream=is_stream, **params)
-        write_output(to_json(body) + "\n")
-        return 0
-    reply = print_reply(client, options, messages, params)
-    conversation.save([*messages, reply.message])
-    return 3 if finish_problem(reply) else 0
 
 
 # ------------------------------------------------ Command line: batches, and the start
 
 
+def draw(text: str) -> None:
+    if sys.stderr.isatty():
+        width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
+        print(f"\r{text[:width].ljust(width)}\r", end="", file=sys.stderr, flush=True)
+
+
 class Progress:
     """What has become of a batch so far, and why it is to stop."""
 
-    MAX_FAILURES = 20  # in a row
+    def __init__(self, batch: Batch, total: int, max_cost: float | None) -> None:
+        self.batch, self.total, self.max_cost = batch, total, max_cost
+        self.began, self.cost, self.stop_reason = time.monotonic(), 0.0, ""
+        self.done = self.failed = self.failed_in_a_row = 0
+        self.problems: collections.Counter[str] = collections.Counter()
 
-    def __init__(self, total: int, max_cost: float | None) -> None:
-        self._total, self._max_cost = total, max_cost  # a total of 0 is not known
-        self._began, self._drawn, self._cost = time.monotonic(), 0.0, 0.0
-        self._done = self._truncated = self._failures_in_a_row = 0
-        self._codes: collections.Counter[str] = collections.Counter()  # of error rows
-        self.stop_reason, self.has_stopped = "", False
-
-    def add(self, row: JSON, skipped: int) -> None:
-        """Count a row, and show the progress."""
-        self._done += 1
+    def add(self, row: JSON) -> None:
+        self.done += 1
         if row["error"]:
-            if not self._codes:
-                self.draw("")
+            if not self.failed:
+                draw("")
                 warn(f"first failure, {row['custom_id']}: {row['error']['message']}")
-            self._codes[row["error"]["code"]] += 1
-            self._failures_in_a_row += row["request"] is not None
-            if self._failures_in_a_row >= self.MAX_FAILURES:
-                self.stop_reason = f"stopped by {self.MAX_FAILURES} failures in a row"
-        else:
-            reply = Completion(row["response"]["body"])
-            self._failures_in_a_row = 0
-            self._truncated += finish_problem(reply) != ""
-            self._cost += reply.cost or 0.0
-            if self._max_cost is not None and (reply.cost is None or reply.cost < 0):
-                self.stop_reason = "stopped: --max-cost, but a reply names no cost"
-            elif self._max_cost is not None and self._cost >= self._max_cost:
-                self.stop_reason = "stopped by --max-cost"
-        if time.monotonic() > self._drawn + 0.1:
-            self._drawn = time.monotonic()
-            self.draw(self.summary(skipped))
+            self.failed += 1
+            self.failed_in_a_row += row["request"] is not None
+            self.problems[row["error"]["code"]] += 1
+            return
+        reply = Completion(row["response"]["body"])
+        self.failed_in_a_row = 0
+        if finish_problem(reply):
+            self.problems["not complete"] += 1
+        self.cost += math.nan if reply.cost is None or reply.cost < 0 else reply.cost
 
-    def summary(self, skipped: int) -> str:
-        seconds = time.monotonic() - self._began
-        done, rate = self._done + skipped, self._done / max(seconds, 0.001)
-        left = max(0, self._total - done) / max(rate, 0.001)
-        codes = ", ".join(f"{n} {code}" for code, n in self._codes.most_common())
-        parts = (
-            f"{done} of {self._total} done" if self._total else f"{done} done",
-            f"{skipped} of them before" if skipped else "",
-            f"{sum(self._codes.values())} failed" + (f" ({codes})" if codes else ""),
-            f"{self._truncated} not complete" if self._truncated else "",
-            f"{rate:.1f}/s, {format_cost(self._cost)}, {seconds:.1f} s",
-            f"{left:.0f} s left" if left else "",
-            self.stop_reason if self.has_stopped else "",
-        )
-        return ", ".join(filter(None, parts))
+    def goes_on(self, _: object) -> bool:
+        """Return whether to send one more; if not, set stop_reason."""
+        if self.failed_in_a_row >= 20:
+            self.stop_reason = "stopped by 20 failures in a row"
+        elif self.max_cost is not None and not self.cost < self.max_cost:
+            self.stop_reason = "stopped by --max-cost (or a cost is unknown)"
+        return not self.stop_reason
 
-    def draw(self, text: str) -> None:
-        """Redraw the progress line in place, on a terminal."""
-        if is_terminal(sys.stderr):
-            import shutil
-
-            width = (shutil.get_terminal_size().columns or 80) - 1
-            write_stderr("\r" + text[:width].ljust(width) + "\r")
-
-    def status(self) -> int:
-        return 1 if self._codes else 3 if self._truncated or self.has_stopped else 0
+    def summary(self) -> str:
+        seconds = max(time.monotonic() - self.began, 0.001)
+        rate, done = self.done / seconds, self.done + self.batch.skipped
+        parts = [f"{done} of {self.total or '?'} done, {self.failed} failed"]
+        parts += [f"{count} {name}" for name, count in self.problems.items()]
+        parts += [f"{rate:.1f}/s, {format_cost(self.cost)}, {seconds:.1f} s"]
+        if rate and self.total > done:
+            parts.append(f"{(self.total - done) / rate:.0f} s left")
+        return ", ".join([*parts, self.stop_reason]).rstrip(", ")
 
 
-def parse_line(template: str, line: bytes) -> Any:
-    """Return the request in a line of a batch file.  Raises ValueError."""
+def parse_line(line: bytes, template: str) -> Any:
     text = line.decode("utf-8-sig").strip()
-    item = json.loads(text) if text[:1] in ("{", "[", '"') else text
-    if not isinstance(item, str) or not template:
-        return item
-    return template.replace("{}", item) if "{}" in template else f"{template}\n\n{item}"
+    item = json.loads(text) if text.startswith(("{", "[", '"')) else text
+    return template.replace("{}", item) if isinstance(item, str) else item
 
 
-def read_lines(file: Any, progress: Progress) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not empty, with their numbers, until progress stops."""
-    for number, line in enumerate(file, 1):
-        if line.strip() and progress.stop_reason:
-            progress.has_stopped = True
-            break
-        if line.strip():
-            yield number, line
-
-
-def run_batch(client: Client, options: argparse.Namespace, params: JSON) -> int:
-    """Send each line of a file; the rows go to a file, or to standard output."""
-    if options.max_cost is not None:
-        check_value("max_cost", options.max_cost)
-    total, template = 0, " ".join(options.words)
-    try:
-        file = open_input(options.batch)
-    except OSError as error:
-        raise InvalidRequestError(f"{options.batch}: {describe(error)}") from None
-    if is_terminal(sys.stderr) and options.batch != "-" and file.seekable():
+def run_batch(args: Any) -> int:
+    check_value("max_cost", args.max_cost or 0)
+    template = " ".join(args.words) or "{}"
+    if "{}" not in template:
+        template += "\n\n{}"
+    file, total = open_input(args.batch), 0
+    if os.path.isfile(args.batch):
         total = sum(1 for line in file if line.strip())
         file.seek(0)
-    progress = Progress(total, options.max_cost)
-    jobs = 8 if options.jobs is None else options.jobs
-    batch = Batch(client, file, jobs, options.output, params)
-    rows = batch.rows(read_lines(file, progress), lambda x: parse_line(template, x))
-
-    def drain() -> None:
-        for row in rows:
-            if options.output is None:
-                write_output(json.dumps(row) + "\n")
-            progress.add(row, batch.skipped)
-
+    params = {**args.params, "system": args.system}
+    jobs = 8 if args.jobs is None else args.jobs
+    batch = Batch(args.client, file, jobs, args.output, params)
+    progress = Progress(batch, total, args.max_cost)
+    numbered = (pair for pair in enumerate(file, 1) if pair[1].strip())
+    lines = itertools.takewhile(progress.goes_on, numbered)
     try:
-        drain()
-    except KeyboardInterrupt as error:
-        batch.stop(error)
-        drain()  # those that are complete
-        raise
+        for row in batch.rows(lines, lambda line: parse_line(line, template)):
+            try:
+                if args.output is None:
+                    print(json.dumps(row), flush=True)
+                progress.add(row)
+                draw(progress.summary())
+            except KeyboardInterrupt as error:  # the rows that are complete still come
+                batch.end(error, at_once=True)
     finally:
-        progress.draw("")
-        warn(progress.summary(batch.skipped))
-        if options.batch != "-":  # where a worker may wait for a line
+        draw("")
+        warn(progress.summary())
+        if args.batch != "-":
             file.close()
-    return progress.status()
+    status = 1 if progress.failed else 3
+    return status if progress.problems or progress.stop_reason else 0
 
 
-def run(options: argparse.Namespace) -> int:
-    check_options(options)
-    params = read_params(options)
+def run(argv: list[str]) -> int:
+    args = parse_options(argv)
+    args.params = read_params(args)
     names = ("model", "base_url", "timeout", "deadline", "retries")
-    settings = {name: getattr(options, name) for name in names}
-    with contextlib.ExitStack() as stack:
-        if options.offline:
-            client = stack.enter_context(offline(**settings))
-        else:
-            client = Client(**settings)
-        params["model"] = client.model
-        if options.batch is not None:
-            return run_batch(client, options, params)
-        converse = run_chat if options.interactive else run_prompt
-        return converse(client, options, params)
+    settings = {name: getattr(args, name) for name in names}
+    server: Any = offline(**settings) if args.offline else None
+    with server or contextlib.nullcontext(Client(**settings)) as args.client:
+        args.params["model"] = args.client.model
+        return converse(args) if args.batch is None else run_batch(args)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, and return its exit status.
-
-    argv is without the program's name; None: sys.argv[1:].
-    """
-    streams: list[Any] = [sys.stdout, sys.stderr]
-    for file in streams:
-        with contextlib.suppress(AttributeError):  # it is closed
-            file.reconfigure(encoding="utf-8", errors="replace")
+    """Run the command line, and return its exit status."""
+    sys.stdin = sys.stdin or open(os.devnull)  # where it is closed
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    files: Any = (sys.stdin, sys.stdout, sys.stderr)
+    for file in filter(None, files):
+        file.reconfigure(encoding="utf-8", errors="replace")
     try:
-        try:
-            return run(parse_options(sys.argv[1:] if argv is None else argv))
-        except SystemExit as end:  # of -h and --version
-            if sys.stdout is not None:
-                write_output("")  # which flushes
-            return int(end.code or 0)
+        with contextlib.suppress(SystemExit):  # of -h and --version
+            return run(sys.argv[1:] if argv is None else argv)
+        print(end="", flush=True)
+        return 0
     except KeyboardInterrupt:
         return 130
     except NemotronError as error:
-        if error.exit_status != 141:
-            warn(error)
+        warn(error)
         return error.exit_status
-    except (OSError, MemoryError) as error:
-        warn(f"{getattr(error, 'filename', None) or 'failed'}: {describe(error)}")
+    except (OSError, ValueError, MemoryError) as error:
+        with contextlib.suppress(OSError, AttributeError):  # or exiting fails again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if getattr(error, "errno", 0) in (errno.EPIPE, errno.EINVAL):  # of Windows
+            return 141
+        file = getattr(error, "filename", None) or "standard output"
+        warn(f"{file}: {describe(error)}")
         return 1
 
 
 if __name__ == "__main__":
-    status = main()
-    with contextlib.suppress(OSError, AttributeError):
-        sys.stdout.flush()
-    os._exit(status)  # tearing Python down would add a tenth to the time of a call
+    os._exit(main())  # tearing Python down takes time
