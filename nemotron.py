@@ -1461,14 +1461,16 @@ def warn(message: object) -> None:
 def write_reply(pieces: Iterable[str]) -> None:
     """Write a reply: no white space before it, and one newline after it."""
     show = escape_controls if sys.stdout.isatty() else str
-    begun, newlines = False, ""
+    begun, held = False, [""]  # held: newlines, which may be the last
     try:
         for piece in pieces:
-            text = newlines + piece if begun else piece.lstrip()
-            line = text.rstrip("\r\n")
-            newlines = text[len(line) :]
-            begun = begun or line != ""
-            print(show(line), end="", flush=True)
+            held.append(piece if begun else piece.lstrip())
+            if held[-1].strip("\r\n"):
+                text = "".join(held)
+                line = text.rstrip("\r\n")
+                held = [text[len(line) :]]
+                begun = True
+                print(show(line), end="", flush=True)
         begun = True  # an empty reply is an empty line
     finally:
         if begun:
@@ -1601,7 +1603,8 @@ def send_turn(args: Any, saved: Any, prompt: str) -> tuple[list[JSON], int]:
         sent = reply.usage.get("prompt_tokens", "?")
         tokens = f"{sent} + {reply.usage.get('completion_tokens', '?')} tokens"
         other = f", model {answered}" if answered not in ("", args.client.model) else ""
-        warn(f"{tokens}, {format_cost(reply.cost)}, {seconds:.1f} s{other}")
+        usage = f"{tokens}, {format_cost(reply.cost)}, {seconds:.1f} s{other}"
+        warn(args.client._redact(usage))
     messages.append(reply.message)
     if args.conversation:
         save_conversation(args.conversation, saved, messages)
@@ -1652,6 +1655,9 @@ class Progress:
             self.failed += 1
             self.failed_in_a_row += row["request"] is not None
             self.problems[row["error"]["code"]] += 1
+            if self.failed_in_a_row >= 20:
+                self.stop_reason = "stopped by 20 failures in a row"
+                self.batch.end()
             return
         reply = Completion(row["response"]["body"])
         self.failed_in_a_row = 0
@@ -1661,9 +1667,7 @@ class Progress:
 
     def goes_on(self, _: object) -> bool:
         """Return whether to send one more; if not, set stop_reason."""
-        if self.failed_in_a_row >= 20:
-            self.stop_reason = "stopped by 20 failures in a row"
-        elif self.max_cost is not None and not self.cost < self.max_cost:
+        if self.max_cost is not None and not self.cost < self.max_cost:
             self.stop_reason = "stopped by --max-cost (or a cost is unknown)"
         return not self.stop_reason
 
@@ -1745,13 +1749,13 @@ def main(argv: list[str] | None = None) -> int:
     except NemotronError as error:
         warn(error)
         return error.exit_status
-    except (OSError, ValueError, MemoryError) as error:
+    except (OSError, RuntimeError, ValueError, MemoryError) as error:
         with contextlib.suppress(OSError, AttributeError):  # or exiting fails again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if getattr(error, "errno", 0) in (errno.EPIPE, errno.EINVAL):  # of Windows
             return 141
-        file = getattr(error, "filename", None) or "standard output"
-        warn(f"{file}: {describe(error)}")
+        name = getattr(error, "filename", type(error).__name__) or "standard output"
+        warn(f"{name}: {describe(error)}")
         return 1
 
 
