@@ -19,6 +19,7 @@ import collections
 import contextlib
 import email.utils
 import errno
+import functools
 import http.client
 import io
 import itertools
@@ -39,12 +40,12 @@ import urllib.request
 TYPE_CHECKING = False  # importing typing takes 2 ms, and only type checkers need it
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-    from typing import Any, TypedDict, TypeVar
+    from typing import Any, TypedDict, TypeVar, Union
 
     from typing_extensions import Unpack
 
     JSON = dict[str, Any]
-    Messages = str | Sequence[JSON]
+    Messages = Union[str, Sequence[JSON]]
     T = TypeVar("T")
 
     class Params(TypedDict, total=False):
@@ -85,8 +86,6 @@ GRACE = 5.0  # seconds to go on reading after the end of a streamed reply
 
 CONTROLS = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 MAX_MESSAGE = 280  # characters; with the prefix of the command line under 300
-short = reprlib.Repr()
-short.maxstring = short.maxother = 200
 
 
 def escape_controls(text: str) -> str:
@@ -113,9 +112,10 @@ class NemotronError(Exception):
     body: Any = None  # of the response: JSON, or text
     request_id: str | None = None
     retry_after: float | None = None  # seconds
+    partial: Completion  # of a ReplyError: what was received
 
-    def __init_subclass__(cls, code: str = "", status: int = 0) -> None:
-        cls.code, cls.exit_status = code or cls.code, status or cls.exit_status
+    def __init_subclass__(cls, code: str = "error", status: int = 1) -> None:
+        cls.code, cls.exit_status = code, status
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -148,8 +148,6 @@ class RateLimitError(APIStatusError, code="rate_limit", status=5):
 class ReplyError(NemotronError, code="reply"):
     """Status 200, but not an answer; partial is the Completion received so far."""
 
-    partial: Completion
-
 
 class IncompleteReplyError(ReplyError, code="incomplete_reply", status=3):
     """The stream stopped before the reply ended; partial is what was received."""
@@ -158,27 +156,21 @@ class IncompleteReplyError(ReplyError, code="incomplete_reply", status=3):
 # ------------------------------------------------------------------------ Parameters
 
 
-def is_number(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
 KINDS: dict[str, Callable[[Any], bool]] = {
-    "a number": is_number,
-    "an integer": lambda value: is_number(value) and isinstance(value, int),
-    "a string": lambda value: isinstance(value, str),
-    "a path": lambda value: isinstance(value, (str, os.PathLike)),
-    "none or auto": lambda value: value in ("none", "auto"),
-    "a string or a list of 1 to 16": lambda value: (
-        isinstance(value, str) or is_list_of(str, value) and 1 <= len(value) <= 16
+    "a number": lambda x: isinstance(x, (int, float)),
+    "an integer": lambda x: isinstance(x, int),
+    "a string": lambda x: isinstance(x, str),
+    "a path": lambda x: isinstance(x, (str, os.PathLike)),
+    "none or auto": lambda x: x in ("none", "auto"),
+    "a string or a list of 1 to 16": lambda x: (
+        isinstance(x, str) or is_list_of(str, x) and 1 <= len(x) <= 16
     ),
-    "a list of objects": lambda value: is_list_of(dict, value),
-    "an object": lambda value: isinstance(value, dict),
+    "a list of objects": lambda x: is_list_of(dict, x),
+    "an object": lambda x: isinstance(x, dict),
 }
 
 
@@ -187,58 +179,53 @@ def read_table(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.split("|")] for row in text.splitlines()]
 
 
-# From the provider's page of the model, which prints the bound of seed, 2**63, as
-# JavaScript does; stop, n, tools and response_format are in its OpenAPI file only.
+# From the provider's page of the model, and its OpenAPI file.
 # name | kind | limits | server's default | help
 PARAMETERS = read_table("""\
-temperature        | a number   | 0 <= x <= 2       | 1 | lower is more focused
-top_p              | a number   | 0 < x <= 1        | 1 | probability to sample from
-min_p              | a number   | 0 <= x <= 1       | 0 | relative to the likeliest
-top_k              | an integer | 0 <= x <= 999      | 0 | how many to choose from
-max_tokens         | an integer | 0 <= x <= 1000000 |   | most tokens to generate
-presence_penalty   | a number   | -2 <= x <= 2      | 0 | above 0: more new topics
-frequency_penalty  | a number   | -2 <= x <= 2      | 0 | above 0: less repetition
-repetition_penalty | a number   | 0.01 <= x <= 5    | 1 | above 1: less repetition
-tool_choice        | none or auto |                 |   | whether it may call a tool
-user               | a string   |                   |   | hashed ID of your end user
-seed               | an integer | 0 <= x <= 9223372036854775807 | | to repeat a reply
-stop               | a string or a list of 1 to 16 | | | end the reply before this text
-n                  | an integer | 1 <= x <= 4       | 1 | number of replies
-tools              | a list of objects |            |   | functions that it may call
-response_format    | an object  | | | such as {"type": "json_object"}""")
-# Names that are no parameters of a request; the last column says what they are.
-OTHER_NAMES = read_table("""\
-model    | a string   |                  | | belongs to chat() or Client()
-system   | a string   |                  | | belongs to chat()
-extra    | an object  |                  | | belongs to chat()
-base_url | a string   |                  | | belongs to Client()
-token    | a string   |                  | | belongs to Client()
-timeout  | a number   | 0 < x <= 1000000 | | belongs to Client()
-deadline | a number   | 0 < x <= 1000000 | | belongs to Client()
-retries  | an integer | 0 <= x <= 1000   | | belongs to Client()
-jobs     | an integer | 1 <= x <= 200    | | belongs to batch()
-output   | a path     |                  | | belongs to batch()
-stream   |            |                  | | is chosen by calling stream()
-max_cost | a number   | 0 <= x <= 1000000 | | belongs to the command line""")
-SPECS = {row[0]: row for row in PARAMETERS + OTHER_NAMES}
-PARAMETER_NAMES = [row[0] for row in PARAMETERS]
-REQUEST_NAMES = [*PARAMETER_NAMES, "model", "system", "extra"]
+temperature | a number | 0 <= x <= 2 | 1 | lower is more focused
+top_p | a number | 0 < x <= 1 | 1 | probability to sample from
+min_p | a number | 0 <= x <= 1 | 0 | relative to the likeliest
+top_k | an integer | 0 <= x <= 999 | 0 | how many to choose from
+max_tokens | an integer | 0 <= x <= 1000000 | | most tokens to generate
+presence_penalty | a number | -2 <= x <= 2 | 0 | above 0: more new topics
+frequency_penalty | a number | -2 <= x <= 2 | 0 | above 0: less repetition
+repetition_penalty | a number | 0.01 <= x <= 5 | 1 | above 1: less repetition
+tool_choice | none or auto | | | whether it may call a tool
+user | a string | | | hashed ID of your end user
+seed | an integer | 0 <= x <= 9223372036854775807 | | to repeat a reply
+stop | a string or a list of 1 to 16 | | | end the reply before this text
+n | an integer | 1 <= x <= 4 | 1 | number of replies
+tools | a list of objects | | | functions that it may call
+response_format | an object | | | such as {"type": "json_object"}""")
+# Other names | kind | limits | what they are
+SETTINGS = read_table("""\
+model system | a string | | belongs to chat()
+extra | an object | | belongs to chat()
+base_url token | a string | | belongs to Client()
+timeout deadline | a number | 0 < x <= 1000000 | belongs to Client()
+retries | an integer | 0 <= x <= 1000 | belongs to Client()
+jobs | an integer | 1 <= x <= 200 | belongs to batch()
+output | a path | | belongs to batch()
+max_cost | a number | 0 <= x <= 1000000 | belongs to the command line
+stream | | | is chosen by calling stream()""")
+SPECS = {name: row for row in PARAMETERS + SETTINGS for name in row[0].split()}
+REQUEST_NAMES = [row[0] for row in PARAMETERS] + ["model", "system", "extra"]
 
 
 def check_value(name: str, value: Any) -> None:
     """Raise InvalidRequestError unless a value fits its row of the tables."""
-    _, kind, limits, _, _ = SPECS[name]
-    valid = KINDS[kind](value)
+    kind, limits = SPECS[name][1:3]
+    valid = KINDS[kind](value) and not isinstance(value, bool)
     if valid and limits:
         low, sign, _, _, high = limits.split()
-        valid = float(low) <= value <= json.loads(high)
+        valid = float(low) <= value <= int(high)
         valid = valid and (sign == "<=" or value > float(low))
     if not valid:
-        expected, got = f"{kind}, {limits}".rstrip(", "), short.repr(value)
+        expected, got = f"{kind}, {limits}".rstrip(", "), reprlib.repr(value)
         raise InvalidRequestError(f"{name} must be {expected}; got {got}")
 
 
-def check_parameters(values: JSON) -> JSON:
+def check_parameters(values: Any) -> JSON:
     """Return the values that are not None.  Raises InvalidRequestError."""
     for name in values.keys() - set(REQUEST_NAMES):
         import difflib
@@ -265,14 +252,14 @@ def dig(default: T, value: Any, *path: Any) -> T:
     return value if default is None or isinstance(value, type(default)) else default
 
 
-raw_decode = json.JSONDecoder().raw_decode  # faster than json.loads()
+raw_decode = json.JSONDecoder().raw_decode
 
 
 def read_json(text: str) -> Any:
     """Return the value of a JSON text, or the text itself if it is not JSON."""
     stripped = text.strip()
     try:
-        value, end = raw_decode(stripped)
+        value, end = raw_decode(stripped)  # faster than json.loads()
     except (ValueError, RecursionError):
         return text
     return value if end == len(stripped) else text
@@ -289,65 +276,52 @@ def to_json(value: object) -> str:
 def check_messages(messages: Any) -> list[JSON]:
     """Return copies of the messages.  Raises InvalidRequestError, which names one."""
     if not isinstance(messages, (list, tuple)):
-        raise InvalidRequestError(f"messages: not a list: {short.repr(messages)}")
-    systems = 0
+        raise InvalidRequestError(f"messages: not a list: {reprlib.repr(messages)}")
     for index, message in enumerate(messages):
         role, content = dig("", message, "role"), dig(None, message, "content")
-        systems += role == "system"
-        valid = isinstance(content, str) or content and is_list_of(dict, content)
-        problem = "" if valid else "content must be a string or a list of objects"
-        if role == "assistant" and content is None and message.get("tool_calls"):
-            problem = ""
-        elif role not in ("system", "user", "assistant", "tool"):
+        has_content = isinstance(content, str) or content and is_list_of(dict, content)
+        has_calls = role == "assistant" and dig(None, message, "tool_calls")
+        problem = ""
+        if role not in ("system", "user", "assistant", "tool"):
             problem = "role must be system, user, assistant or tool"
-        elif systems > 1:
-            problem = "a second system message"
+        elif not has_content and not (has_calls and content is None):
+            problem = "content must be a string or a list of objects"
         elif role == "tool" and not dig("", message, "tool_call_id"):
             problem = "a tool message must have a tool_call_id"
         if problem:
-            got = short.repr(message)
-            raise InvalidRequestError(f"messages[{index}]: {problem}; got {got}")
+            raise InvalidRequestError(f"messages[{index}]: {problem}")
     return [dict(message) for message in messages]
 
 
 def build_request(
-    messages: Messages,
-    *,
-    model: str | None = MODEL,
-    stream: bool = False,
-    system: str | None = None,
-    extra: JSON | None = None,
-    **params: Any,
+    messages: Messages, *, stream: bool = False, **params: Unpack[Params]
 ) -> JSON:
-    """Return the JSON body of a request; what is not given is not in it.
+    """Return the JSON body of a request.  Raises InvalidRequestError.
 
     messages  a string, which is one user message, or a list of message objects
+    model     MODEL if it is not given
     system    the text of a system message to put in front of them
-    params    the names in PARAMETERS, with the ranges given there
+    params    the names in PARAMETERS; what is not given is not in the body
     extra     other fields, which go into the body last and are not checked
-
-    Raises InvalidRequestError.
     """
-    params.update(model=model, system=system, extra=extra)
     given = check_parameters(params)
-    fields = given.pop("extra", {})
+    fields, system = given.pop("extra", {}), given.pop("system", None)
     if {"messages", "model", "stream"} & fields.keys():
         raise InvalidRequestError("extra must be without messages, model and stream")
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     checked = check_messages(messages)
-    turns = [(i, m["role"]) for i, m in enumerate(checked) if m["role"] != "system"]
-    last, role = turns[-1] if turns else (0, "")
-    if role not in ("user", "tool"):
-        problem = "the last message must be a user's or a tool's"
-        raise InvalidRequestError(f"messages[{last}]: {problem}")
-    if given.pop("system", None) is not None:
-        if len(turns) < len(checked):
-            raise InvalidRequestError("system: messages has a system message, too")
+    systems = [i for i, m in enumerate(checked) if m["role"] == "system"]
+    turns = [i for i, m in enumerate(checked) if m["role"] != "system"]
+    last = max(turns, default=0)
+    if dig("", checked, last, "role") not in ("user", "tool"):
+        raise InvalidRequestError(f"messages[{last}]: last role must be user or tool")
+    if len(systems) + (system is not None) > 1:
+        raise InvalidRequestError(f"messages[{systems[-1]}]: a second system message")
+    if system is not None:
         checked.insert(0, {"role": "system", "content": system})
-    body = {"model": given.pop("model", MODEL), "messages": checked}
-    body.update({"stream": True} if stream else {})
-    return {**body, **given, **fields}
+    body = {"model": MODEL, "messages": checked, **given, **fields}
+    return {**body, "stream": True} if stream else body
 
 
 # ----------------------------------------------------------------------------- Reply
@@ -356,16 +330,15 @@ STOP_TOKEN = "</s>"  # the model's own; the provider sends it as the last piece 
 INCOMPLETE = ("length", "content_filter", "abort", "error")  # values of finish_reason
 RUNNING_TEXT = ("content", "reasoning_content", "reasoning", "refusal", "arguments")
 MAX_DEPTH = 100  # levels of nesting in a chunk
-# Raised by code that expects a chunk, when the JSON has another shape
-SHAPE_ERRORS = (AttributeError, LookupError, TypeError, ValueError, RecursionError)
+MERGED = (dict, list, io.StringIO)  # which no value of another type replaces
 
 
-class Reply(dict[str, "Any"]):
+class Completion(dict[str, "Any"]):
     """The server's JSON, untouched.  The properties describe choice 0; none raises."""
 
     def _dig(self, default: T, *path: Any) -> T:
         choices: list[Any] = dig([], self, "choices")
-        first = next((c for c in choices if dig(0, c, "index") == 0), None)
+        first = next((c for c in choices if not dig(None, c, "index")), None)
         return dig(default, first, *path)
 
     @property
@@ -383,13 +356,12 @@ class Reply(dict[str, "Any"]):
         """prompt_tokens, completion_tokens, total_tokens ...; {} if there is none."""
         return dig({}, self, "usage")
 
-
-class Chunk(Reply):
-    """One `chat.completion.chunk` of a stream."""
-
-
-class Completion(Reply):
-    """A whole reply, a `chat.completion`."""
+    @property
+    def cost(self) -> float | None:
+        """US dollars: `usage.estimated_cost`, else `usage.cost`; None if unknown."""
+        costs: list[Any] = [self.usage.get(name) for name in ("estimated_cost", "cost")]
+        known = (c for c in costs if type(c) in (int, float) and abs(c) < 1e9)
+        return next(known, None)
 
     @property
     def tool_calls(self) -> list[JSON]:
@@ -403,156 +375,141 @@ class Completion(Reply):
         calls = {"tool_calls": self.tool_calls} if self.tool_calls else {}
         return {"role": "assistant", "content": self.text, **calls}
 
-    @property
-    def cost(self) -> float | None:
-        """US dollars: `usage.estimated_cost`, else `usage.cost`; None if unknown."""
-        costs: list[Any] = [self.usage.get(name) for name in ("estimated_cost", "cost")]
-        return next((c for c in costs if is_number(c) and abs(c) < 1e9), None)
+
+class Chunk(Completion):
+    """One `chat.completion.chunk` of a stream."""
 
 
 def server_message(answer: Any) -> str:
     """Return what the server says went wrong, in its own words; "" if nothing."""
-    while isinstance(answer, dict):
-        values = map(answer.get, ("error", "detail", "error_message", "message"))
+    while isinstance(answer, (dict, list)):
+        values: Any = answer
+        if isinstance(answer, dict):
+            names = ("error", "detail", "error_message", "message", "msg")
+            values = map(answer.get, names)
         answer = next((v for v in values if v and isinstance(v, (str, dict, list))), "")
-    if isinstance(answer, str):
-        return "" if answer.lstrip().startswith("<") else answer  # a page of HTML
-    return short.repr(answer) if answer else ""
-
-
-class MergedList(dict):  # type: ignore[type-arg]
-    """The items of a list while it is merged, by index or a key of their own."""
-
-
-MERGED_KINDS: Any = {dict: dict, list: MergedList}
-
-
-def merge(target: Any, source: JSON, depth: int = 0) -> None:
-    """Merge a part of a reply into what came before it, by rules, not field by field.
-
-    Running text is an io.StringIO meanwhile: a list of pieces is ten times as large.
-    """
-    if depth > MAX_DEPTH:
-        raise RecursionError
-    for key, value in source.items():
-        kind: Any = MERGED_KINDS.get(type(value))
-        if key in RUNNING_TEXT and value is not None:
-            kind = kind or io.StringIO
-        if kind is None:
-            if key not in target or value not in (None, ""):
-                target[key] = value
-            continue
-        old = target.get(key)
-        if old in (None, ""):
-            old = target[key] = kind()
-        if type(old) is not kind:
-            raise TypeError(f"{key} has become something else")
-        if kind is io.StringIO:
-            old.write(value)
-        elif kind is dict:
-            merge(old, value, depth + 1)
-        else:
-            for item in value:
-                if dig(None, item, "index") is None:
-                    old[object()] = item
-                else:
-                    rest = {k: v for k, v in item.items() if k != "index"}
-                    merge(old.setdefault(item["index"], {}), rest, depth + 1)
-
-
-def unmerge(value: Any) -> Any:
-    """Return what was merged, in plain lists, strings and objects."""
-    if isinstance(value, io.StringIO):
-        return value.getvalue()
-    if isinstance(value, MergedList):
-        # Items without an index came as they are.
-        return [i if type(key) is object else unmerge(i) for key, i in value.items()]
-    if isinstance(value, dict):
-        return {key: unmerge(item) for key, item in value.items()}
-    return value
+    is_text = isinstance(answer, str) and not answer.lstrip().startswith("<")
+    return answer if is_text else ""  # not a page of HTML
 
 
 class ChunkMerger:
     """Merges the chunks of a stream into one Completion."""
 
     def __init__(self) -> None:
-        self.choices: Any = MergedList()  # by index
-        self._reply: JSON = {"choices": self.choices}
+        self.choices: dict[Any, JSON] = {}  # by index
         self.is_finished = False  # whether every choice that came has a finish_reason
-        self._finished: set[Any] = set()  # the indexes of those that have one
-        self._stop_tokens: dict[Any, str] = {}  # by index; it is text if more follows
-        self._plain: Any = None  # the last chunk, its text replaced by ""
-        self._text: Any = None  # all text of choice 0
+        self._reply: JSON = {}  # without the choices
+        self._texts: list[Any] = []  # (object, key, io.StringIO) of all running text
+        self._items: dict[Any, JSON] = {}  # by the id of their list and their index
+        self._stop_tokens: dict[Any, str] = {}  # by choice; it is text if more follows
+        self._plain: Any = None  # the last chunk, if others may differ in text only
 
-    def add(self, chunk: Any) -> str:
+    def add(self, chunk: Any, source: str) -> str:
         """Merge a chunk, or a whole reply; return the text that it adds to choice 0.
 
-        The choices are final once all are finished.  Raises ReplyError for an error of
-        the server, and for anything that is no chunk.
+        Raises ReplyError for an error of the server, and for what is no chunk.
         """
         try:
-            delta: JSON = chunk["choices"][0]["delta"]
-            text: str = delta["content"]
-        except SHAPE_ERRORS:
-            text = ""
-        if text and text != STOP_TOKEN and not self._stop_tokens:
             # Most chunks differ from the last in their text only: this is fast.
-            delta["content"] = ""
-            is_plain = chunk == self._plain
-            delta["content"] = text
-            if is_plain:
-                self._text.write(text)
-                return text
-        try:
-            choices = chunk.get("choices") or []
-            failed = [part for part in (chunk, *choices) if part.get("error")]
-            message = "" if choices else server_message(chunk)
-            if not failed and not message:
-                return self._add(chunk, choices)
-            message = server_message(failed[0]) if failed else message
-        except SHAPE_ERRORS:
-            message = f"an odd chunk: {server_message(chunk) or short.repr(chunk)}"
-        raise ReplyError(f"the server sent an error, or no reply: {message}")
+            choices = chunk.get("choices") or [{}]
+            text: Any = (choices[0].get("delta") or {}).get("content")
+            if self._plain and text not in (None, "", STOP_TOKEN):
+                self._plain["choices"][0]["delta"]["content"] = text
+                if chunk == self._plain:
+                    self.choices[0]["message"]["content"].write(text)
+                    return str(text)
+            return self._add(chunk)
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
+            message = server_message(chunk) or source
+        raise ReplyError(f"the server sent an odd chunk: {message}")
 
-    def _add(self, chunk: JSON, choices: list[Any]) -> str:
-        merged, new_text, self._plain = [], "", None
+    def _add(self, chunk: JSON) -> str:
+        choices = chunk.get("choices") or []
+        failed = next((part for part in (chunk, *choices) if part.get("error")), chunk)
+        message = server_message(failed)
+        if failed.get("error") or (message and not choices):
+            raise ReplyError(f"the server sent an error, or no reply: {message}")
+        self._merge(self._reply, {**chunk, "choices": None})
+        self._plain = None
+        new_text, stop, delta = "", "", {}
+        if self.is_finished:  # the choices are final
+            return ""
         for position, choice in enumerate(choices):
-            if self.is_finished:
-                break
             index = position if choice.get("index") is None else choice["index"]
-            message = choice.get("delta") or choice.get("message") or {}
-            text = message.get("content") or ""
-            if text:
-                before = self._stop_tokens.pop(index, "")
-                if text == STOP_TOKEN:
-                    self._stop_tokens[index], text = text, ""
-                message = {**message, "content": before + text}
-                new_text += before + text if index == 0 else ""
+            if not isinstance(index, int):
+                raise TypeError
+            delta = dict(choice.get("delta") or choice.get("message") or {})
+            if piece := delta.get("content"):
+                stop = piece if piece == STOP_TOKEN else ""
+                text = self._stop_tokens.get(index, "") + piece.removesuffix(stop)
+                self._stop_tokens[index], delta["content"] = stop, text
+                new_text += text if index == 0 else ""
+            merged = self.choices.setdefault(index, {"index": index, "message": {}})
+            self._merge(merged["message"], delta)
             rest = {k: v for k, v in choice.items() if k not in ("delta", "message")}
-            merged.append({"message": message, **rest, "index": index})
-        merge(self._reply, {**chunk, "choices": merged})
-        self._finished |= {c["index"] for c in merged if c.get("finish_reason")}
-        self.is_finished = 0 < len(self.choices) == len(self._finished)
-        if new_text and len(choices) == 1 and message.keys() <= {"role", "content"}:
-            plain = {"index": 0, "delta": {**message, "content": ""}}
-            plain = {**dict.fromkeys(choice), **plain}
-            self._plain = None if self.is_finished else {**chunk, "choices": [plain]}
-            self._text = self.choices[0]["message"]["content"]
+            self._merge(merged, rest)
+        reasons = [choice.get("finish_reason") for choice in self.choices.values()]
+        self.is_finished = bool(reasons) and all(reasons)
+        is_plain = len(choices) == 1 and delta.keys() <= {"role", "content"}
+        if new_text and is_plain and not (stop or self.is_finished):
+            plain = {**dict.fromkeys(choices[0]), "index": 0, "delta": delta}
+            self._plain = {**chunk, "choices": [plain]}
         return new_text
 
+    def _merge(self, target: Any, source: Any, depth: int = 0) -> None:
+        """Merge a part of a chunk into what came before, by rules, not by field."""
+        if depth > MAX_DEPTH:
+            raise RecursionError
+        for key, value in source.items():
+            old = target.get(key)
+            kind: Any = type(value)
+            if key in RUNNING_TEXT and kind is str:
+                kind = io.StringIO
+            if value is None or value == "":
+                target.setdefault(key, value)
+            elif old and type(old) in MERGED and type(old) is not kind:
+                raise TypeError
+            elif kind is dict:
+                target[key] = old or {}
+                self._merge(target[key], value, depth + 1)
+            elif kind is list:
+                target[key] = old or []
+                self._merge_items(target[key], value, depth + 1)
+            elif kind is io.StringIO:  # a list of pieces is ten times as large
+                if not old:
+                    target[key] = io.StringIO()
+                    self._texts.append((target, key, target[key]))
+                target[key].write(value)
+            else:
+                target[key] = value
+
+    def _merge_items(self, target: list[Any], items: Any, depth: int) -> None:
+        for item in items:
+            index = dig(None, item, "index")
+            if index is None:
+                target.append(item)
+                continue
+            place = (id(target), index)
+            if place not in self._items:
+                self._items[place] = {}
+                target.append(self._items[place])
+            rest = {key: value for key, value in item.items() if key != "index"}
+            self._merge(self._items[place], rest, depth)
+
     def completion(self) -> Completion:
-        """Return what was merged so far."""
-        reply = unmerge(self._reply)
-        for index, choice in zip(self.choices, reply["choices"]):
+        """Return what was merged; nothing can be added after that."""
+        for target, key, text in self._texts:
+            target[key] = text.getvalue()
+        reply = {**self._reply, "object": "chat.completion", "choices": []}
+        for choice in self.choices.values():
             content = None if choice["message"].get("tool_calls") else ""
             message = {"role": "assistant", "content": content, **choice["message"]}
-            choice.update(index=index, message=message)
-        return Completion({**reply, "object": "chat.completion"})
+            reply["choices"].append({**choice, "message": message})
+        return Completion(reply)
 
 
 # ---------------------------------------------------------------- Server-sent events
-#
-# https://html.spec.whatwg.org/multipage/server-sent-events.html
+# (https://html.spec.whatwg.org/multipage/server-sent-events.html)
 
 
 def split_lines(pieces: Iterable[bytes]) -> Iterator[bytearray]:
@@ -574,46 +531,43 @@ def split_events(lines: Iterator[bytearray]) -> Iterator[tuple[str, str]]:
     name, data = "", []
     first = next(lines, bytearray()).removeprefix(b"\xef\xbb\xbf")
     for line in itertools.chain([first], lines):
-        field, _, value = line.partition(b":")
-        if field == b"data":
-            data.append(value.removeprefix(b" "))
-        elif field == b"event":
-            name = value.decode("utf-8", "replace").strip()
-        elif not line:
-            if data:
-                yield name, b"\n".join(data).decode("utf-8", "replace").strip()
+        field, _, value = line.decode("utf-8", "replace").partition(":")
+        if field == "data":
+            data.append(value.removeprefix(" "))
+        elif field == "event":
+            name = value.strip()
+        elif not line and data:
+            yield name, "\n".join(data).strip()
+        if not line:
             name, data = "", []
-    rest = b"\n".join(data).decode("utf-8", "replace").strip()
+    rest = "\n".join(data).strip()
     # Without its empty line, data counts if it is complete.
     if name == "error" or rest == "[DONE]" or not isinstance(read_json(rest), str):
         yield name, rest
 
 
 # ---------------------------------------------------------------------------- Client
-#
-# urllib follows redirects, sending Authorization along, and opens file://: this opener
-# does neither.  Its timeout is for each socket operation: a deadline needs a clock.
 
 OCTET = r"(?:25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
-LOOPBACK = rf"(?P<loopback>localhost|127(?:\.{OCTET}){{3}}|\[::1\])"
-HOST = rf"(?P<host>{LOOPBACK}|[\w.-]+|\[[0-9a-f:.]+\])"
-PATH = r"(?:/[\w./~%+:@!$&'()*,;=-]*)?"
-URL = rf"(?ai)https?://{HOST}(?::(?P<port>\d{{1,5}}))?{PATH}"
+LOOPBACK = rf"(?P<loopback>https?://(?:localhost|127(?:\.{OCTET}){{3}}|\[::1\]))"
+PORT_AND_PATH = r"(?::(?P<port>\d{1,5}))?(?:/[\w./~%+:@!$&'()*,;=-]*)?"
+URL = rf"(?ai)(?:{LOOPBACK}|https://(?:[\w.-]+|\[[0-9a-f:.]+\])){PORT_AND_PATH}"
 TOKEN_NAMES = ("DEEPINFRA_TOKEN", "DEEPINFRA_API_KEY", "DEEPINFRA_API_TOKEN")
-EAI_AGAIN = socket.EAI_AGAIN  # a name server did not answer
 RETRY_STATUSES = (408, 409, 429, 500, 502, 503, 504)
-REFUSED = "the token was refused, check DEEPINFRA_TOKEN"
-STATUSES: dict[int, tuple[type[APIStatusError], str]] = {
-    401: (AuthenticationError, REFUSED),
-    402: (AuthenticationError, "the account cannot pay, check its billing"),
-    403: (AuthenticationError, REFUSED),
-    404: (APIStatusError, "check the model and the base URL"),
-    429: (RateLimitError, "busy, try later or with fewer requests at once"),
-    503: (RateLimitError, "busy, try later"),
+STATUSES: dict[Any, Any] = {
+    range(300, 400): (APIStatusError, ", a redirect: check the base URL"),
+    (401, 402, 403): (AuthenticationError, ", check DEEPINFRA_TOKEN and the billing"),
+    (404,): (APIStatusError, ", check the model and the base URL"),
+    (429, 503): (RateLimitError, ", busy: try later, or less at once"),
+    range(1000): (APIStatusError, ""),
 }
 OVERRUN = r"(?i)context.(length|window)|input.length|maximum.{1,40}token|too long"
-OVERRUN_ADVICE = "over the model's context (Nemotron-4-340B: 4,096 tokens), "
-OVERRUN_ADVICE += "shorten the messages or begin a new conversation"
+SHORTEN = ", over the context (4,096 tokens): shorten it or begin a new conversation"
+ADVICE = {  # by the name of an exception; none of these is retried
+    "gaierror": " (is there such a host?)",
+    "SSLCertVerificationError": " (SSL_CERT_FILE can name its authority)",
+    "ModuleNotFoundError": " (https:// needs a Python with ssl)",
+}
 
 
 def log_warning(message: str) -> None:
@@ -634,106 +588,92 @@ class Exchange:
         self.deadline = client._clock() + (client.deadline or math.inf)
         self._retries = retries if client.retries is None else client.retries
         self._retried = 0
-        self.body: Any = None  # of the last response, as JSON or text
 
     def send(self, read: Callable[[Any], T]) -> T:
         """Send the request and return read(response); again if the error allows it."""
-        delay = 0.0
+        client, delay = self.client, 0.0
         while True:
-            response = self.status = self.request_id = self.body = None
-            self.received = 0  # bytes of the body, or since the last event
+            response: Any = None
+            self.status = self.request_id = self.body = response  # body: JSON or text
             self._wait(delay)
             try:
-                response = self.client._open(self._payload, self._read_timeout())
+                headers = client._headers()
+                request = urllib.request.Request(client._url, self._payload, headers)
+                with client._lock:  # so that the certificates are read once
+                    opener = client._opener
+                response = opener.open(request, timeout=self._read_timeout())
                 self.status = response.status
-                self.request_id = response.headers.get("x-request-id")
-                self._check_status(response)
+                self.request_id = response.headers["x-request-id"]
+                if self.status != 200:
+                    raise self._status_error(response)
                 return read(response)
             except Exception as cause:
-                if response is not None:
-                    response.close()
                 delay = self._delay_after(self.to_error(cause))
 
     def _delay_after(self, error: NemotronError) -> float:
         """Return the seconds to wait before the next attempt, or raise the error."""
-        delay = error.retry_after
-        if delay is None:
-            delay = min(0.5 * 2**self._retried, 8) * random.uniform(0.75, 1)
+        backoff = min(0.5 * 2**self._retried, 8) * random.uniform(0.75, 1)
+        delay = backoff if error.retry_after is None else error.retry_after
         is_late = delay > MAX_DELAY or self.client._clock() + delay >= self.deadline
         if is_late or not error.retryable or self._retried >= self._retries:
             raise error
         self._retried += 1
-        attempt = f"retry {self._retried} of {self._retries} in {delay:.1f} s"
-        log_warning(f"{attempt}: {error}")
+        log_warning(f"retry {self._retried} in {delay:.1f} s: {error}")
         return delay
 
     def _wait(self, seconds: float) -> None:
         self.client._sleep(seconds)
 
     def _read_timeout(self) -> float:
-        """Return for how long the server may be silent now.  Raises TimeoutError."""
         left = self.deadline - self.client._clock()
         if left <= 0:
-            raise TimeoutError(f"the deadline of {self.client.deadline} s has passed")
+            raise TimeoutError("the deadline has passed")
         return min(self.client.timeout, left)
 
+    def _read_in_time(self, read: Any, sock: Any, buffer: Any) -> Any:
+        if self.deadline < math.inf:
+            sock.settimeout(self._read_timeout())
+        return read(buffer)
+
     def pieces(self, response: Any) -> Iterator[bytes]:
-        if response.fp:
-            raw = response.fp.raw
-            read, sock = raw.readinto, raw._sock
-
-            def read_in_time(buffer: Any) -> Any:
-                if self.deadline < math.inf:
-                    sock.settimeout(self._read_timeout())
-                return read(buffer)
-
-            # The one way to bound every read of a body through urllib, in any Python.
-            raw.readinto = read_in_time
-        while piece := response.read1(65536):
-            self.received += len(piece)
-            if self.received > MAX_BYTES:
-                raise ReplyError(f"a reply or an event of over {MAX_BYTES} bytes")
-            yield piece
-        if response.length:  # read1 does not complain when the body is too short
-            raise http.client.IncompleteRead(b"", response.length)
+        """Yield the body as it comes, up to MAX_BYTES since `received` was set to 0."""
+        raw, self.received = response.fp.raw, 0
+        # The one way to bound every read of a body through urllib, in any Python.
+        raw.readinto = functools.partial(self._read_in_time, raw.readinto, raw._sock)
+        with response:
+            if response.headers.get("Content-Encoding", "identity") != "identity":
+                raise ReplyError("the reply is compressed")
+            while piece := response.read1(65536):
+                self.received += len(piece)
+                if self.received > MAX_BYTES:
+                    raise ReplyError(f"a reply or an event of over {MAX_BYTES} bytes")
+                yield piece
 
     def read_completion(self, response: Any) -> Completion:
-        with response:
-            text = read_text(self.pieces(response))
-        if not text:
-            raise http.client.IncompleteRead(b"")
+        text = read_text(self.pieces(response))
+        if not text or response.length:  # bytes that are missing
+            raise http.client.IncompleteRead(b"", response.length)
         self.body, merger = read_json(text), ChunkMerger()
-        merger.add(self.body)
+        merger.add(self.body, text)
         if not merger.choices or not all(c["message"] for c in merger.choices.values()):
-            raise ReplyError("the server sent no chat completion")
+            raise ReplyError("the server sent no reply")
         return Completion(self.body)
 
-    def _check_status(self, response: Any) -> None:
-        """Raise an error for a status other than 200, or a body that is compressed."""
-        status, headers = response.status, response.headers
-        encoding = headers.get("Content-Encoding", "identity").lower()
-        if encoding != "identity" and status == 200:
-            raise ReplyError("the reply is compressed, which was not asked for")
-        if status == 200:
-            return
-        if encoding == "identity":
-            with contextlib.suppress(Exception):
-                self.body = read_json(read_text(self.pieces(response)))
+    def _status_error(self, response: Any) -> Any:
+        with contextlib.suppress(Exception):
+            self.body = read_json(read_text(self.pieces(response)))
         message = server_message(self.body) or response.reason
-        kind, advice = STATUSES.get(status, (APIStatusError, ""))
-        if status in (400, 413, 422, 500) and re.search(OVERRUN, message[:2000]):
-            advice = OVERRUN_ADVICE
-        elif 300 <= status < 400:
-            advice = "redirects are not followed, check the base URL"
-        parts = (f"HTTP {status} from {self.client._url}", advice, message)
-        error = kind(": ".join(filter(None, parts)))
-        error.retryable = status in RETRY_STATUSES and advice != OVERRUN_ADVICE
-        with contextlib.suppress(ValueError, TypeError, OverflowError):
-            value = headers.get("Retry-After", "")
+        kind, advice = next(v for k, v in STATUSES.items() if self.status in k)
+        if self.status in (400, 413, 422, 500) and re.search(OVERRUN, message[:2000]):
+            advice = SHORTEN
+        error = kind(f"HTTP {self.status} from {self.client._url}{advice}: {message}")
+        error.retryable = self.status in RETRY_STATUSES and advice != SHORTEN
+        with contextlib.suppress(Exception):  # no such header, or an odd one
+            value = response.headers["Retry-After"]
             date = email.utils.parsedate_tz(value)
-            wait = email.utils.mktime_tz(date) - time.time() if date else float(value)
-            error.retry_after = max(0.0, wait) if wait == wait else None  # not a NaN
-        raise error
+            delay = email.utils.mktime_tz(date) - time.time() if date else float(value)
+            error.retry_after = delay if delay >= 0 else None
+        return error
 
     def to_error(self, cause: Any, kind: Any = APIConnectionError) -> Any:
         """Return the NemotronError for any exception of a call, without the token."""
@@ -741,25 +681,19 @@ class Exchange:
         if not isinstance(cause, NemotronError):
             if isinstance(getattr(cause, "reason", None), Exception):
                 cause = cause.reason  # of a URLError
-            problem, advice = f"no usable connection to {self.client._address}", ""
+            problem = f"no answer from {self.client._url}"
             if kind is IncompleteReplyError:
                 problem = "the reply stopped before its end"
             elif isinstance(cause, (TimeoutError, socket.timeout)):  # two until 3.10
-                kind, problem = APITimeoutError, f"no answer from {self.client._url}"
-            elif hasattr(cause, "verify_code"):
-                advice = " (SSL_CERT_FILE can name your authority)"
-            elif isinstance(cause, ImportError):
-                advice = " (https:// needs a Python with the ssl module)"
+                kind = APITimeoutError
+            advice = ADVICE.get(type(cause).__name__, "")
             error = kind(f"{problem}: {describe(cause)}{advice}")
+            error.retryable = not advice or cause.args[:1] == (socket.EAI_AGAIN,)
             error.__cause__ = cause
-            is_network = isinstance(cause, (OSError, http.client.HTTPException))
-            is_unknown = isinstance(cause, socket.gaierror) and cause.errno != EAI_AGAIN
-            error.retryable = is_network and not (is_unknown or advice)
-        error.status_code, error.request_id = self.status, redact(self.request_id)
-        error.partial = Completion()
+        error.status_code, error.partial = self.status, Completion()
         with contextlib.suppress(RecursionError):
-            error.body = redact(self.body)
-        for exception in filter(None, (error, error.__cause__)):
+            error.request_id, error.body = redact([self.request_id, self.body])
+        for exception in (error, error.__cause__ or error):
             exception.args = redact(exception.args)
         return error
 
@@ -767,17 +701,13 @@ class Exchange:
 class Client:
     """The settings of calls.  Creating one does no I/O; threads may share it.
 
-    token     None: DEEPINFRA_TOKEN, DEEPINFRA_API_KEY or DEEPINFRA_API_TOKEN of the
-              environment; a loopback host needs none
-    base_url  None: DEEPINFRA_BASE_URL of the environment, else BASE_URL
-    model     None: NEMOTRON_MODEL of the environment, else MODEL
-    timeout   seconds of silence on the connection
-    deadline  seconds for a whole call, with its retries and waits; None: no limit
-    retries   how often to send again what may succeed later; None: 2, in a batch 6
+    token, base_url, model: None is DEEPINFRA_TOKEN, DEEPINFRA_BASE_URL, NEMOTRON_MODEL
+    of the environment, or the default.  timeout: seconds of silence.  deadline: seconds
+    for a call with its retries, which are 2 unless given, and 6 in a batch.  Raises
+    InvalidRequestError for a bad value.
     """
 
-    _clock = staticmethod(time.monotonic)
-    _sleep = staticmethod(time.sleep)
+    _clock, _sleep = staticmethod(time.monotonic), staticmethod(time.sleep)
 
     def __init__(
         self,
@@ -789,34 +719,26 @@ class Client:
         deadline: float | None = None,
         retries: int | None = None,
     ) -> None:
-        environ = os.environ
-        if token is None:
-            tokens = [environ.get(name, "").strip() for name in TOKEN_NAMES]
-            token = next(filter(None, tokens), "")
+        tokens = [os.environ.get(name, "").strip() for name in TOKEN_NAMES]
+        token = next(filter(None, tokens), "") if token is None else token
         if not isinstance(token, str):
             raise InvalidRequestError("token must be a string")  # and is not shown
-        self.base_url = base_url or environ.get("DEEPINFRA_BASE_URL") or BASE_URL
-        self.model = model or environ.get("NEMOTRON_MODEL") or MODEL
+        self.base_url = base_url or os.environ.get("DEEPINFRA_BASE_URL") or BASE_URL
+        self.model = model or os.environ.get("NEMOTRON_MODEL") or MODEL
         self.timeout = 600.0 if timeout is None else timeout
         self.deadline, self.retries = deadline, retries
         for name, value in vars(self).items():
             if value is not None:
                 check_value(name, value)
-        match: Any = re.fullmatch(URL, self.base_url)
-        is_https = self.base_url[:6].lower() == "https:"
-        is_allowed = match and (is_https or match["loopback"])
-        if not is_allowed or not 0 < int(match["port"] or 443) < 65536:
-            form = "https://host[:port][/path], or http:// and a loopback host"
-            raise InvalidRequestError(f"the base URL must be {form}, no user, no query")
-        self._is_loopback = bool(match["loopback"])
-        self._address = f"{match['host']}:{match['port'] or (443 if is_https else 80)}"
-        self._token = token.strip()
-        escaped = json.dumps(self._token)[1:-1]
-        forms = [self._token, escaped, escaped.replace("/", "\\/")]
-        self._token_forms = forms if len(self._token) >= 8 else []  # else it is a word
+        match = re.fullmatch(URL, self.base_url)
+        if not match or not 0 < int(match["port"] or 443) < 65536:
+            raise InvalidRequestError("base_url must be https://host[:port][/path]")
+        self._is_local = bool(match["loopback"])
         self._url = self.base_url.rstrip("/") + "/chat/completions"
-        self._opener: urllib.request.OpenerDirector | None = None
-        self._lock = threading.Lock()  # so that there is one opener
+        self._token = token.strip()
+        pattern = "".join(rf"\\{{0,7}}{re.escape(char)}" for char in self._token)
+        self._token_pattern = re.compile(pattern)  # each character may be escaped
+        self._lock = threading.Lock()
 
     def chat(self, messages: Messages, **params: Unpack[Params]) -> Completion:
         """Send the messages, and return the whole reply.  Raises NemotronError."""
@@ -827,7 +749,7 @@ class Client:
         """Send the messages; return the reply as it arrives.  Raises NemotronError."""
         body = {**self._body(messages, params), "stream": True}
         if body.get("n", 1) != 1:
-            raise InvalidRequestError("n over 1 is not for streams: wait for the reply")
+            raise InvalidRequestError("n over 1 is not for streams")
         exchange = Exchange(self, body)
         return exchange.send(lambda response: Stream(exchange, response))
 
@@ -839,17 +761,10 @@ class Client:
         output: str | None = None,
         **params: Unpack[Params],
     ) -> Iterator[JSON]:
-        """Send many requests, at most `jobs` (1 to 200) at a time; yield their rows.
+        """Send requests, at most `jobs` (1 to 200) at a time; yield rows as they come.
 
-        requests  an iterable, read as rows are taken, of strings, of bodies, of objects
-                  with a prompt (and system, temperature ...), or of batch file lines
-        output    a file to append the rows to; a request that has a row there, without
-                  an error, is not sent again, and its row is not yielded
-        params    defaults for every request, those of build_request()
-
-        A row is {"id", "custom_id", "request", "response", "error"}, and comes when
-        complete.  Raises AuthenticationError for a token that is refused, and
-        NemotronError if `output` cannot be written; all other errors are in the rows.
+        The params are defaults.  Rows go to the file `output`, too, and what has one
+        there is not sent again.  Raises NemotronError for a refused token or bad file.
         """
         return Batch(self, requests, jobs, output, params).rows(enumerate(requests, 1))
 
@@ -858,137 +773,114 @@ class Client:
         return build_request(messages, **given)
 
     def _redact(self, value: Any) -> Any:
-        """Return JSON without the token, if that has 8 characters or more."""
+        """Return JSON without the token, escaped or not.  Raises RecursionError."""
         if isinstance(value, dict):
             return {self._redact(k): self._redact(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
-            return type(value)([self._redact(item) for item in value])
-        if isinstance(value, str):
-            for form in self._token_forms:
-                value = value.replace(form, "[token]")
-        return value
+            return [self._redact(item) for item in value]
+        if not isinstance(value, (str, bytes)) or len(self._token) < 8:
+            return value  # a shorter token may be a word
+        text = value if isinstance(value, str) else repr(value)
+        return self._token_pattern.sub("[token]", text)
 
     def _headers(self) -> dict[str, str]:
-        """Return the headers of a request.  Raises AuthenticationError."""
-        if not (self._token.isascii() and self._token.isprintable()):
-            raise AuthenticationError("the token is not printable ASCII, copy it again")
-        if not self._token and not self._is_loopback:
-            raise AuthenticationError("no token: set DEEPINFRA_TOKEN, or try --offline")
+        token = self._token
+        if not (token.isprintable() and token.isascii() and (token or self._is_local)):
+            raise AuthenticationError("set a valid DEEPINFRA_TOKEN, or try --offline")
         headers = {"Content-Type": "application/json", "User-Agent": "nemotron.py"}
-        bearer = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        return {**headers, **bearer}
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        return headers
 
-    def _open(self, payload: bytes, timeout: float) -> Any:
-        """Send a request; follow no redirect, and open no file."""
-        request = urllib.request.Request(self._url, payload)
-        for name, value in self._headers().items():
-            request.add_unredirected_header(name, value)
-        with self._lock:
-            if self._opener is None:
-                opener = urllib.request.OpenerDirector()
-                opener.add_handler(urllib.request.HTTPHandler())
-                if not self._is_loopback:
-                    opener.add_handler(urllib.request.ProxyHandler())
-                if request.type == "https":
-                    import ssl
+    @functools.cached_property
+    def _opener(self) -> urllib.request.OpenerDirector:
+        """urllib's own follows redirects, with the token, and opens file:// URLs."""
+        opener = urllib.request.OpenerDirector()
+        opener.add_handler(urllib.request.HTTPHandler())
+        opener.add_handler(urllib.request.ProxyHandler({} if self._is_local else None))
+        if self._url.lower().startswith("https:"):
+            import ssl
 
-                    context = ssl.create_default_context()
-                    opener.add_handler(urllib.request.HTTPSHandler(context=context))
-                self._opener = opener
-        return self._opener.open(request, timeout=timeout)
+            context = ssl.create_default_context()
+            opener.add_handler(urllib.request.HTTPSHandler(context=context))
+        return opener
 
 
-class Stream:
+class Stream(contextlib.AbstractContextManager["Stream"]):
     """A reply as it arrives: iterating yields the text of choice 0, piece by piece.
 
-    Raises IncompleteReplyError if the reply stops before its end, and ReplyError if the
-    server sends something else; every later read then raises the same error.  Use
-    `with`, or close(), to close the connection early.
+    Raises ReplyError, IncompleteReplyError if it stops early; later reads do so, too.
     """
 
     def __init__(self, exchange: Exchange, response: Any) -> None:
         self._exchange, self._response = exchange, response
-        self._merger, self._reader = ChunkMerger(), self._read()
-        self._problem: Any = ConnectionError("the stream was closed")
-
-    def __enter__(self) -> Stream:
-        return self
+        self._merger, self._events = ChunkMerger(), self._read_events()
+        self._problem: Any = ConnectionError("the connection was closed")
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the connection; nothing more is read."""
-        self._reader.close()
+        self._events.close()
         self._response.close()
 
     def __iter__(self) -> Iterator[str]:
-        for _, text in self._reader:
-            if text:
-                yield text
-        self._check()
+        return (text for _, text in self._read() if text)
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield every Chunk that is left, instead of the text."""
-        for chunk, _ in self._reader:
-            yield Chunk(chunk)
-        self._check()
+        return (Chunk(chunk) for chunk, _ in self._read())
 
     def completion(self) -> Completion:
         """Read the rest, and return the whole reply, with what was read before."""
-        collections.deque(self.chunks(), maxlen=0)
+        collections.deque(self._read(), maxlen=0)
         return self._merger.completion()
 
-    def _check(self) -> None:
-        """Raise the error for a stream that stopped before its end."""
-        if self._problem:
-            error = self._exchange.to_error(self._problem, IncompleteReplyError)
-            error.partial, self._problem = self._merger.completion(), error
-            raise error
+    def _read_events(self) -> Generator[tuple[str, str], None, None]:
+        exchange, response = self._exchange, self._response
+        pieces = exchange.pieces(response)
+        first = next(pieces, b"")
+        body = itertools.chain([first], pieces)
+        kind = response.headers.get_content_type()
+        if kind == "application/json" or first[:1] in (b"{", b"<"):  # it is no stream
+            yield "", read_text(body)
+            yield "", "[DONE]"
+        for event in split_events(split_lines(body)):
+            exchange.received = 0
+            yield event
+            if self._merger.is_finished:  # min() keeps the end that is set first
+                end = exchange.client._clock() + GRACE
+                exchange.deadline = min(exchange.deadline, end)
 
-    def _read(self) -> Generator[tuple[JSON, str], None, None]:
-        """Yield each chunk and the text that it adds; all reading goes through here."""
-        exchange, merger, response = self._exchange, self._merger, self._response
-        problem: Any = ConnectionError("the connection was closed")
-        events: Any
+    def _read(self) -> Iterator[tuple[JSON, str]]:
+        merger = self._merger
         try:
-            pieces = exchange.pieces(response)
-            first = next(pieces, b"")
-            body = itertools.chain([first], pieces)
-            kind = response.headers.get_content_type()
-            if kind == "application/json" or first[:1] in (b"{", b"<"):  # not a stream
-                events = [("", read_text(body)), ("", "[DONE]")]
-            else:
-                events = split_events(split_lines(body))
-            for name, data in events:
-                exchange.received = 0
-                if data == "[DONE]":
-                    empty = ReplyError("the stream ended without a reply")
-                    problem = None if merger.choices else empty
-                    break
+            for name, data in self._events:
                 chunk = read_json(data)
+                if data == "[DONE]":
+                    self._problem = None if merger.choices else ReplyError("no reply")
+                    break
                 if name == "error":
-                    chunk = {"error": chunk or "no message"}
-                elif data in ("", "null") or data.startswith(":"):
-                    continue  # it keeps the connection alive
-                yield chunk, merger.add(chunk)
-                if merger.is_finished:  # min() keeps the end that the first time sets
-                    end = exchange.client._clock() + GRACE
-                    exchange.deadline = min(exchange.deadline, end)
-        except Exception as error:
-            problem = error
-        finally:
-            response.close()
-            self._problem = None if merger.is_finished else problem
+                    merger.add({"error": chunk or "no message"}, data)
+                elif data not in ("", "null") and not data.startswith(":"):
+                    yield chunk, merger.add(chunk, data)
+        except Exception as problem:
+            self._problem = problem
+        self.close()
+        if self._problem and not merger.is_finished:
+            error = self._exchange.to_error(self._problem, IncompleteReplyError)
+            error.partial, self._problem = merger.completion(), error
+            raise error
 
 
 def chat(messages: Messages, **params: Unpack[Params]) -> Completion:
-    """Call Client().chat(): send the messages, and return the whole reply."""
+    """Call Client().chat()."""
     return Client().chat(messages, **params)
 
 
 def stream(messages: Messages, **params: Unpack[Params]) -> Stream:
-    """Call Client().stream(): send the messages, and return the reply as it arrives."""
+    """Call Client().stream()."""
     return Client().stream(messages, **params)
 
 
@@ -999,7 +891,7 @@ def batch(
     output: str | None = None,
     **params: Unpack[Params],
 ) -> Iterator[JSON]:
-    """Call Client().batch(): send many requests, and yield a row for each."""
+    """Call Client().batch()."""
     return Client().batch(requests, jobs, output=output, **params)
 
 
@@ -1010,11 +902,9 @@ ROW_START = b'{"id": "batch_req_'  # and how a torn row starts
 
 def read_request(item: Any, defaults: JSON) -> JSON:
     """Return the body of a batch request; its own fields go before the defaults."""
-    fields = {"prompt": item} if isinstance(item, str) else item
-    if dig(None, fields, "body") is not None:
-        fields = fields["body"]
+    fields = {"prompt": item} if isinstance(item, str) else dig(item, item, "body")
     if not isinstance(fields, dict):
-        raise InvalidRequestError(f"not an object or a string: {short.repr(fields)}")
+        raise InvalidRequestError(f"not an object or a string: {reprlib.repr(fields)}")
     unsent = ("custom_id", "stream", "stream_options")
     fields = {key: value for key, value in fields.items() if key not in unsent}
     messages, prompt = fields.pop("messages", None), fields.pop("prompt", None)
@@ -1030,38 +920,38 @@ def read_request(item: Any, defaults: JSON) -> JSON:
 
 @contextlib.contextmanager
 def reporting(path: Any, kind: type[NemotronError] = InvalidRequestError) -> Any:
-    """Turn an OSError or ValueError about a file into an error that names the file."""
+    """Turn an exception about a file into an error that names the file."""
     try:
         yield
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         name = "standard input" if path == "-" else path
         raise kind(f"{name}: {describe(error)}") from error
 
 
 def lock_file(file: Any, wait: bool) -> None:
     """Lock a file until it is closed.  Raises ValueError if another run has it."""
-    if sys.platform != "win32":
-        try:
-            import fcntl
+    if sys.platform == "win32":
+        return
+    try:
+        import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise ValueError("another run is writing to it") from None
-        except (ImportError, OSError) as error:
-            log_warning(f"no lock, so do not run it twice at once: {describe(error)}")
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise ValueError("another run is writing to it") from None
+    except (ImportError, OSError) as error:
+        log_warning(f"no lock, so do not run it twice at once: {describe(error)}")
 
 
 class Checkpoint:
-    """The file that a batch appends its rows to, and the requests that have one."""
+    """The file that a batch appends its rows to, and the requests answered in it."""
 
     def __init__(self, path: Any, source: Any) -> None:
-        """Open the file, and read its rows.  It must not be the source of requests."""
-        self._path = path
-        self._answered: collections.Counter[Any] = collections.Counter()
+        check_value("output", path)
+        self._answered: collections.Counter[bytes] = collections.Counter()
         with reporting(path), contextlib.ExitStack() as stack:
             if os.path.exists(path) and not os.path.isfile(path):
                 raise ValueError("not a regular file")
-            self.file = stack.enter_context(open(path, "a+b", buffering=0))
+            self.file = stack.enter_context(open(path, "ab", buffering=0))
             with contextlib.suppress(AttributeError, OSError, TypeError):
                 if os.path.sameopenfile(source.fileno(), self.file.fileno()):
                     raise ValueError("it is the input, too")
@@ -1071,45 +961,44 @@ class Checkpoint:
             stack.pop_all()
 
     def _load(self, lines: Iterable[bytes]) -> None:
-        """Remember the rows, and cut off a torn last one."""
         end = 0
         for number, line in enumerate(lines, 1):
-            row, is_whole = read_json(line.decode("utf-8")), line.endswith(b"\n")
-            if not is_whole and ROW_START.startswith(line[: len(ROW_START)]):
-                self.file.truncate(end)
-            elif not is_whole or not {"response", "error"} <= dig({}, row).keys():
+            row, is_whole = read_json(line.decode()), line.endswith(b"\n")
+            if is_whole and {"response", "error"} <= dig({}, row).keys():
+                self._answered[self._key(row)] += row["error"] is None
+            elif is_whole or not ROW_START.startswith(line[: len(ROW_START)]):
                 raise ValueError(f"line {number} is not a row")
-            elif row["error"] is None:
-                self._answered[self._key(row)] += 1
+            else:  # it is torn
+                self.file.truncate(end)
             end += len(line)
 
-    def _key(self, row: JSON) -> tuple[str, bytes]:
-        """Return what identifies a request: its name, unless made up, and its body."""
+    def _key(self, row: JSON) -> bytes:
+        """Return a digest of a request and its name, unless that was made up."""
         import hashlib
 
         name = re.sub(r"^line-\d+$", "", str(row.get("custom_id")))
-        request = json.dumps(row.get("request"), sort_keys=True)
-        return name, hashlib.sha256(request.encode()).digest()
+        text = json.dumps([name, row.get("request")], sort_keys=True)
+        return hashlib.sha256(text.encode()).digest()
 
     def claim(self, row: JSON) -> bool:
         """Use up an earlier row of this request; return whether there was one."""
-        self._answered[self._key(row)] -= 1
-        return self._answered[self._key(row)] >= 0
+        key = self._key(row)
+        self._answered[key] -= 1
+        return self._answered[key] >= 0
 
     def append(self, row: JSON) -> None:
-        line = json.dumps(row).encode("ascii") + b"\n"
-        with reporting(self._path, NemotronError):
+        line = json.dumps(row).encode() + b"\n"
+        with reporting(self.file.name, NemotronError):
             while line:  # a full disk takes a part first
                 line = line[self.file.write(line) :]
 
 
-class Batch:
-    """The requests of one batch, and what its workers share.
+def start_thread(target: Any, *args: Any) -> None:
+    threading.Thread(target=target, args=args, daemon=True).start()
 
-    A worker takes a slot and a request, answers it, and queues the row.  The slot
-    is free again when the consumer comes back for another row: so requests in flight
-    and rows not dealt with are at most `jobs`.
-    """
+
+class Batch:
+    """Workers, each a thread, that take requests in turn and answer them."""
 
     FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds
 
@@ -1122,49 +1011,33 @@ class Batch:
         check_value("jobs", jobs)
         client._headers()  # raises for a missing token
         "localhost".encode("idna")  # loads what looking up a host needs
-        self.client, self._jobs = client, jobs
+        self.client, self._jobs, self.stopped = client, jobs, threading.Event()
         self._params = {"model": client.model, **check_parameters(params)}
-        self._slots = threading.Semaphore(jobs)
-        self._rows: Any = queue.SimpleQueue()  # of rows; None wakes the consumer up
-        self._source_lock = threading.Lock()  # of _names, _taken and skipped
-        self._names: set[str] = set()  # the custom_ids so far
-        self._taken = self.skipped = 0  # requests taken; those that had a row before
-        self._has_ended = False  # no more requests are taken
-        self._failure: BaseException | None = None  # why not
-        self.stopped = threading.Event()  # what is in flight is dropped
-        self.pause_lock = threading.Lock()  # of the next three
-        self.paused_at = self.not_before = -math.inf  # on the clock
-        self.next_pause = self.FIRST_PAUSE
-        self._output: Checkpoint | None = None
-        if output is not None:
-            check_value("output", output)
-            self._output = Checkpoint(output, source)
+        self._slots = threading.Semaphore(jobs)  # free again once its row is consumed
+        self._source_lock = threading.Lock()  # held while a request is taken
+        self.lock = threading.RLock()  # garbage collection may call end() anywhere
+        self._rows: Any = queue.SimpleQueue()  # and None after the last
+        self._names: set[str] = set()
+        self._in_flight = self.skipped = 0  # skipped: those that had a row before
+        self._has_ended, self._failure = False, None
+        self.not_before, self.next_pause = -math.inf, self.FIRST_PAUSE
+        self._output = None if output is None else Checkpoint(output, source)
 
     def rows(self, numbered: Any, parse: Any = lambda item: item) -> Iterator[JSON]:
         """Yield the rows as they come; then raise what has ended the batch early."""
-        self._requests, self._parse, consumed = self._take(numbered), parse, 0
         try:
             for started in range(self._jobs):
                 try:
-                    threading.Thread(target=self._work, daemon=True).start()
-                except (RuntimeError, MemoryError) as error:  # the system has a limit
+                    start_thread(self._work, numbered, parse)
+                except (RuntimeError, MemoryError):  # the system allows no more
                     if not started:
-                        raise NemotronError(f"no thread: {error}") from None
+                        raise NemotronError("the system allows no thread") from None
                     break
-            while not self._has_ended or consumed < self._taken:
-                try:
-                    row = self._rows.get()
-                except KeyboardInterrupt as error:
-                    self.end(error, at_once=True)
-                    continue
-                if row:
-                    consumed += 1
-                    if self._output:
-                        self._output.append(row)
-                    yield row
-                    self._slots.release()
-                elif self.stopped.is_set():
-                    break
+            for row in iter(self._next_row, None):
+                if self._output:
+                    self._output.append(row)
+                yield row
+                self._slots.release()
         finally:
             self.end(at_once=True)
             if self._output:
@@ -1172,93 +1045,112 @@ class Batch:
         if self._failure:
             raise self._failure
 
-    def end(self, failure: BaseException | None = None, at_once: bool = False) -> None:
-        """Take no more requests; at once: do not wait for those in flight either."""
-        self._failure = self._failure or failure
-        self._has_ended = True
-        if at_once:
-            self.stopped.set()
-            self._slots.release(self._jobs)  # for the workers that wait for one
-        self._rows.put(None)
-
-    def _work(self) -> None:
+    def _next_row(self) -> Any:
         try:
-            while self._slots.acquire():
-                with self._source_lock:
-                    row, body = next(self._requests, ({}, {}))
-                if body:
-                    self._answer(row, body)
-                if not row or self.stopped.is_set():
-                    break
-                self._rows.put(row)
-        except BaseException as error:  # no memory is left
+            return self._rows.get()
+        except KeyboardInterrupt as error:  # the rows that are complete still come
             self.end(error, at_once=True)
+            return self._rows.get()
 
-    def _take(self, numbered: Any) -> Iterator[tuple[JSON, JSON]]:
-        """Yield the row of each request, and the body to send, if it is valid."""
+    def end(self, failure: Any = None, at_once: bool = False) -> None:
+        """Take no more requests; at once: drop those in flight, too."""
+        with self.lock:
+            self._has_ended, self._failure = True, self._failure or failure
+            if at_once:
+                self.stopped.set()
+            if at_once or not self._in_flight:
+                self._rows.put(None)
+        self._slots.release(self._jobs)  # for the workers that wait for one
+
+    def _work(self, numbered: Any, parse: Any) -> None:
         try:
-            for number, item in numbered:
-                row, body = self._prepare(f"line-{number}", item)
-                if self._has_ended:
-                    return
-                if body and self._output and self._output.claim(row):
-                    self.skipped += 1
+            while self._slots.acquire() and not self._has_ended:
+                with self._source_lock:
+                    row, body = self._take(numbered, parse)
+                if row:
+                    self._answer(row, body)
                 else:
-                    self._taken += 1
-                    yield row, body
-            self.end()
-        except Exception as error:
-            self.end(error)
+                    self._slots.release()
+        except BaseException as error:
+            self.end(None if isinstance(error, StopIteration) else error)
 
-    def _prepare(self, name: str, item: Any) -> tuple[JSON, JSON]:
-        """Return the row of a request, and its body if it is valid."""
-        row: JSON = {"id": f"batch_req_{os.urandom(12).hex()}", "custom_id": name}
-        row.update(request=None, response=None, error=None)
+    def _take(self, numbered: Any, parse: Any) -> tuple[JSON, Any]:
+        """Return a row and its body, both empty if it has an answer; or StopIteration.
+
+        Taking a request and counting it are one step.
+        """
+        number, item = next(numbered)
+        row: JSON = {"id": f"batch_req_{os.urandom(12).hex()}"}
+        row.update(custom_id=f"line-{number}", request=None, response=None, error=None)
+        body = self._prepare(row, item, parse)
+        if body and self._output and self._output.claim(row):
+            self.skipped += 1
+            return {}, None
+        with self.lock:
+            if self._has_ended:
+                raise StopIteration
+            self._in_flight += 1
+        return row, body
+
+    def _prepare(self, row: JSON, item: Any, parse: Any) -> Any:
+        """Put the name and the request into a row; return the body if it is valid."""
         try:
-            item = self._parse(item)
-            own: Any = dig(None, item, "custom_id")
-            if not isinstance(own, (str, type(None))):
+            item = parse(item)
+            name: Any = dig(None, item, "custom_id")
+            if not isinstance(name, (str, type(None))):
                 raise InvalidRequestError("custom_id must be a string")
-            name = row["custom_id"] = name if own is None else own
+            row["custom_id"] = name = row["custom_id"] if name is None else name
             if name in self._names:
                 row["error"] = {"code": "duplicate_custom_id", "message": name}
-                return row, {}
+                return None
             self._names.add(name)
             body = json.loads(to_json(read_request(item, self._params)))
             row["request"] = self.client._redact(body)
-            return row, body
+            return body
         except Exception as error:
-            self._set_error(row, error, InvalidRequestError)
-            return row, {}
+            self._set_error(row, error)
 
-    def _set_error(self, row: JSON, error: Any, kind: type[NemotronError]) -> None:
+    def _set_error(self, row: JSON, error: Any) -> None:
         if not isinstance(error, NemotronError):
+            kind = ReplyError if row["request"] else InvalidRequestError
             error = kind(f"{type(error).__name__}: {error}")
         row["error"] = {"code": error.code, "message": self.client._redact(str(error))}
 
-    def _answer(self, row: JSON, body: JSON) -> None:
-        """Send a request, and put what comes of it into its row."""
-        exchange, redact, reply = BatchExchange(self, body), self.client._redact, None
+    def _answer(self, row: JSON, body: Any) -> None:
+        """Send a request, if it is valid, and pass on its row."""
+        try:
+            if body:
+                self._send(row, body)
+            self._rows.put(row)
+        except BaseException as error:  # no memory is left
+            self.end(error, at_once=True)
+        with self.lock:
+            self._in_flight -= 1
+            if self._has_ended and not self._in_flight:
+                self._rows.put(None)
+
+    def _send(self, row: JSON, body: JSON) -> None:
+        exchange, redact = BatchExchange(self, body), self.client._redact
         try:
             exchange.send(exchange.read_completion)
-            reply = redact(exchange.body)
             self.next_pause = self.FIRST_PAUSE
+            reply = redact(exchange.body)
         except Exception as error:
-            self._set_error(row, error, ReplyError)
+            self._set_error(row, error)
             reply = getattr(error, "body", None)
             if isinstance(error, AuthenticationError):
                 self.end(error)
         if exchange.status:
-            response = {"status_code": exchange.status, "body": reply}
-            row["response"] = {**response, "request_id": redact(exchange.request_id)}
+            row["response"] = {"status_code": exchange.status, "body": reply}
+            row["response"]["request_id"] = redact(exchange.request_id)
 
 
 class BatchExchange(Exchange):
-    """A call of a batch, whose workers share the pauses that a busy server needs."""
+    """A call of a batch, whose calls share the pauses that a busy server needs."""
 
     def __init__(self, batch: Batch, body: JSON) -> None:
         super().__init__(batch.client, body, 6)
-        self._batch, self._paused, self._sent_at = batch, 0.0, 0.0
+        self._batch, self._paused = batch, 0.0
 
     def _wait(self, seconds: float) -> None:
         """Wait these seconds, and for the pause, but not past the deadline."""
@@ -1267,25 +1159,24 @@ class BatchExchange(Exchange):
         while (left := min(max(until, batch.not_before), self.deadline) - clock()) > 0:
             if batch.stopped.wait(left):
                 raise NemotronError("the batch was stopped")
-        self._sent_at = clock()
+        self._last_pause = batch.not_before
 
     def _delay_after(self, error: NemotronError) -> float:
-        """Pause all workers when the server is busy; this uses up no retry."""
+        """Pause all calls when the server is busy; this uses up no retry."""
         batch, now, delay = self._batch, self.client._clock(), error.retry_after or 0.0
         if getattr(error.__cause__, "errno", 0) in (errno.EMFILE, errno.ENFILE):
-            delay = 0.1  # until another worker has ended a call
+            delay = 0.1  # until another call has ended
         elif not isinstance(error, RateLimitError):
             return super()._delay_after(error)
         elif delay <= self.client.timeout:
-            with batch.pause_lock:
-                if self._sent_at >= batch.paused_at:  # else this pause was for it, too
-                    batch.paused_at = now
+            with batch.lock:
+                if self._last_pause == batch.not_before:  # no newer pause was for it
                     if not delay:
                         delay = batch.next_pause
                         batch.next_pause = min(2 * delay, batch.MAX_PAUSE)
                     log_warning(f"all workers pause for {delay:.1f} s: {error}")
                 batch.not_before = max(batch.not_before, now + delay)
-                delay = max(0.0, batch.not_before - now)
+                delay = batch.not_before - now
         self._paused += delay
         if now + delay >= self.deadline or self._paused > self.client.timeout:
             raise error
@@ -1297,28 +1188,23 @@ class BatchExchange(Exchange):
 
 @contextlib.contextmanager
 def offline(**settings: Any) -> Iterator[Client]:
-    """A Client, with these settings, for a server in this process on 127.0.0.1.
-
-    The server answers every request with the last user message, in the documented
-    shapes, and with usage counted in words.  It needs no token, network or model.
-    """
+    """A Client for a server in this process, which echoes the last user message."""
     import socketserver
 
     class Handler(socketserver.StreamRequestHandler):
         def handle(self) -> None:
             with contextlib.suppress(OSError, ValueError):  # the client has gone
                 self.rfile.readline()
-                headers = http.client.parse_headers(self.rfile)
-                body = self.rfile.read(int(headers.get("Content-Length", 0)))
-                kind, answer = echo(read_json(body.decode("utf-8", "replace")))
+                size = http.client.parse_headers(self.rfile)["Content-Length"] or 0
+                body = self.rfile.read(int(size)).decode("utf-8", "replace")
+                kind, answer = echo(read_json(body))
                 head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nConnection: close"
                 self.wfile.write(f"{head}\r\n\r\n{answer}".encode("ascii"))
 
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         server.socket.listen(1024)  # connections at once
-        # It polls for the shutdown every 0.01 seconds.
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        start_thread(server.serve_forever, 0.01)  # seconds to notice the shutdown
         url = f"http://127.0.0.1:{server.server_address[1]}/v1/openai"
         try:
             yield Client(**{**settings, "token": "", "base_url": url})
@@ -1327,7 +1213,7 @@ def offline(**settings: Any) -> Iterator[Client]:
 
 
 def echo(request: Any) -> tuple[str, str]:
-    """Return the content type and the text of a reply: the last user message."""
+    """Return the media type and the text of a reply: the last user message."""
     messages: list[Any] = dig([], request, "messages")
     turns = [turn for turn in messages if dig("", turn, "role") == "user"]
     content: Any = dig(None, turns, -1, "content")
@@ -1337,20 +1223,19 @@ def echo(request: Any) -> tuple[str, str]:
     usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
     usage.update(total_tokens=2 * len(words), estimated_cost=0)
 
-    def reply(key: str, text: str, reason: str | None) -> JSON:
+    def reply(key: str, text: str, reason: str | None, **fields: Any) -> str:
         part = {key: {"role": "assistant", "content": text}, "finish_reason": reason}
         choices = [{"index": i, **part} for i in range(dig(1, request, "n"))]
         kind = "chat.completion" if key == "message" else "chat.completion.chunk"
         head = {"id": "chatcmpl-offline", "object": kind, "created": int(time.time())}
-        return {**head, "model": dig("", request, "model"), "choices": choices}
+        head["model"] = dig("", request, "model")
+        return to_json({**head, "choices": choices, **fields})
 
     if not dig(False, request, "stream"):
-        whole = {**reply("message", text, "stop"), "usage": usage}
-        return "application/json", to_json(whole)
+        return "application/json", reply("message", text, "stop", usage=usage)
     chunks = [reply("delta", word, None) for word in words]
-    chunks.append({**reply("delta", STOP_TOKEN, "stop"), "usage": usage})
-    events = [*map(to_json, chunks), "[DONE]"]
-    return "text/event-stream", "".join(f"data: {event}\n\n" for event in events)
+    chunks += [reply("delta", STOP_TOKEN, "stop", usage=usage), "[DONE]"]
+    return "text/event-stream", "".join(f"data: {chunk}\n\n" for chunk in chunks)
 
 
 # --------------------------------------------------------------- Command line: options
@@ -1461,16 +1346,16 @@ def warn(message: object) -> None:
 def write_reply(pieces: Iterable[str]) -> None:
     """Write a reply: no white space before it, and one newline after it."""
     show = escape_controls if sys.stdout.isatty() else str
-    begun, held = False, [""]  # held: newlines, which may be the last
+    begun, held = False, ""  # held: newlines, which may be the last
     try:
         for piece in pieces:
-            held.append(piece if begun else piece.lstrip())
-            if held[-1].strip("\r\n"):
-                text = "".join(held)
-                line = text.rstrip("\r\n")
-                held = [text[len(line) :]]
-                begun = True
-                print(show(line), end="", flush=True)
+            piece = piece if begun else piece.lstrip()
+            held += piece
+            if piece.strip("\r\n"):
+                begun, line = True, held.rstrip("\r\n")
+                held = held[len(line) :]
+                sys.stdout.write(show(line))
+                sys.stdout.flush()
         begun = True  # an empty reply is an empty line
     finally:
         if begun:

@@ -492,6 +492,7 @@ ZIPPED = answer(b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
 AFTER_END = {"choices": [], "usage": USAGE}
 DEEP = delta("a", items=["here"])
 DEEP = json.dumps(DEEP).replace('"here"', '{"a":' * 200 + "1" + "}" * 200)
+NUMBER = {**delta(), "usage": {"reasoning": 5}}
 STREAMS = {  # name: (data of the events, the pieces of text); each is a whole reply
     "no finish_reason but [DONE]": ([delta("a")], ["a"]),
     "stop token": ([delta("a"), delta("</s>"), END], ["a"]),
@@ -504,6 +505,7 @@ STREAMS = {  # name: (data of the events, the pieces of text); each is a whole r
     "error after the end": ([delta("a", "stop"), {"error": "late"}], ["a"]),
     "other choices": (OTHERS, ["a"]),
     "a deep item without an index": ([DEEP, END], ["a"]),
+    "running text that is a number": ([delta("a", refusal=False), NUMBER, END], ["a"]),
 }
 FAILURES = packed(  # after a chunk "a"
     """{"error": {"message": "Boom"}} | {"message": "Boom"} | {Boom | "Boom"
@@ -511,11 +513,11 @@ FAILURES = packed(  # after a chunk "a"
     | {"choices": [{"index": 0, "finish_reason": "stop", "error": {"message": "Boom"}}]}
     | {"choices": [{"index": 0, "delta": {"content": "b"}}], "error": "Boom"}
     | {"choices": [{"index": 0, "delta": {"content": []}, "finish_reason": "Boom"}]}
-    | {"choices": [{"index": 1, "reasoning": 5, "delta": {"content": "Boom"}}]}"""
+    | {"choices": [{"index": "0", "delta": {"content": "Boom"}}]}"""
 )
 NO_REPLIES = packed(  # "_" is a line end
     """event: error_data: Boom__ | event: error_data: Boom | data: [DONE]__
-    | event: error_data: {"message": "Boom"}__"""
+    | event: error_data: {"message": "Boom"}__ | event: error_data:__"""
 )
 # To read a stream to its end
 WAYS = (list, lambda stream: list(stream.chunks()), nemotron.Stream.completion)
@@ -668,6 +670,10 @@ class StreamTests(Case):
             self.assertEqual(next(stream.chunks()).text, "b")
         error = self.error(nemotron.IncompleteReplyError, stream.completion)
         self.assertEqual(error.partial.text, "ab")
+        with self.stream(delta("a"), END, done=False, end="stall") as stream:
+            chunks = stream.chunks()
+            self.assertEqual([next(chunks), next(chunks)], [delta("a"), END])
+        self.assertEqual(stream.completion().text, "a")
 
 
 # ----------------------------------------------------------------- Faults and retries
@@ -988,6 +994,7 @@ BAD_FORMS = packed(
     | {"messages": 5} | {"body": []} | {"prompt": "u", "y": NaN}"""
 )
 NAMED = [{"custom_id": name, "prompt": "x"} for name in "ab"]
+ALIKE = [{"custom_id": f"a-line-{i}", "prompt": "x"} for i in "12"]
 RESUMED = {  # name: (requests of a first run, of a second, prompts that it sends)
     "one more on top": ("ab", "cab", "c"),
     "edited": ("ab", "aB", "B"),
@@ -995,6 +1002,7 @@ RESUMED = {  # name: (requests of a first run, of a second, prompts that it send
     "identical": ("aa", "aaa", "a"),
     "named": (NAMED, NAMED[::-1], ""),
     "renamed": (NAMED[:1], NAMED[1:], "x"),
+    "names that end alike": (ALIKE[:1], ALIKE[1:], "x"),
 }
 
 
@@ -1301,6 +1309,14 @@ class BatchProgramTests(BatchCase):
         self.assertRegex(err, r"\nnemotron: .*20 api_status.*\n\Z")
         self.assertEqual(self.main(answer(completion("x", "length")), "ab")[0], 3)
         self.assertEqual(self.main(answer("no", status=402), "ab")[0], 4)
+
+    def test_20_failures_end_a_batch_whose_input_is_still_open(self):
+        url = self.serve(answer("no", status=404)).url
+        args = [*PROGRAM, "--batch", "-", "--base-url", url]
+        process = self.popen(args, stdin=subprocess.PIPE)
+        process.stdin.write(b"x\n" * 20)
+        process.stdin.flush()
+        self.assertEqual(process.wait(PATIENCE), 1)
 
     def test_kill_9_again_and_again(self):
         server = self.serve(echo)
