@@ -701,10 +701,14 @@ class Exchange:
 class Client:
     """The settings of calls.  Creating one does no I/O; threads may share it.
 
-    token, base_url, model: None is DEEPINFRA_TOKEN, DEEPINFRA_BASE_URL, NEMOTRON_MODEL
-    of the environment, or the default.  timeout: seconds of silence.  deadline: seconds
-    for a call with its retries, which are 2 unless given, and 6 in a batch.  Raises
-    InvalidRequestError for a bad value.
+    token     None: the first of TOKEN_NAMES in the environment; loopback needs none
+    base_url  None: DEEPINFRA_BASE_URL of the environment, else BASE_URL
+    model     None: NEMOTRON_MODEL of the environment, else MODEL
+    timeout   seconds of silence on the connection
+    deadline  seconds for a whole call, with its retries and waits; None: no limit
+    retries   how often to send again what may succeed later; None: 2, in a batch 6
+
+    Raises InvalidRequestError for a bad value.
     """
 
     _clock, _sleep = staticmethod(time.monotonic), staticmethod(time.sleep)
@@ -761,10 +765,17 @@ class Client:
         output: str | None = None,
         **params: Unpack[Params],
     ) -> Iterator[JSON]:
-        """Send requests, at most `jobs` (1 to 200) at a time; yield rows as they come.
+        """Send many requests, at most `jobs` (1 to 200) at a time; yield their rows.
 
-        The params are defaults.  Rows go to the file `output`, too, and what has one
-        there is not sent again.  Raises NemotronError for a refused token or bad file.
+        requests  an iterable, read as rows are taken, of strings, of bodies, of objects
+                  with a prompt (and system, temperature ...), or of batch file lines
+        output    a file to append the rows to; a request that has a row there, without
+                  an error, is not sent again, and its row is not yielded
+        params    defaults for every request, those of build_request()
+
+        A row is {"id", "custom_id", "request", "response", "error"}, and comes when
+        complete.  Raises AuthenticationError for a token that is refused, and
+        NemotronError if `output` cannot be written; all other errors are in the rows.
         """
         return Batch(self, requests, jobs, output, params).rows(enumerate(requests, 1))
 
@@ -1369,7 +1380,7 @@ def open_input(path: str) -> Any:
             return open(path, "rb")
         # A thread may still hold the buffer of sys.stdin at the end.
         file = open(os.dup(sys.stdin.fileno()), "rb")
-        with contextlib.suppress(AttributeError):  # Windows, until 3.12
+        if sys.platform != "win32":
             os.set_blocking(file.fileno(), True)  # or silence would be the end
         timer = threading.Timer(2.0, warn, ["waiting for standard input (or use -n)"])
         timer.daemon = True
@@ -1404,7 +1415,8 @@ def read_turns(words: list[str]) -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline
 
-        readline.parse_and_bind("set enable-bracketed-paste on")  # a paste is one turn
+        if sys.platform != "win32":  # a paste is one turn
+            readline.parse_and_bind("set enable-bracketed-paste on")
     while True:
         try:
             if not sys.stdout.isatty():
