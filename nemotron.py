@@ -112,10 +112,10 @@ class NemotronError(Exception):
     body: Any = None  # of the response: JSON, or text
     request_id: str | None = None
     retry_after: float | None = None  # seconds
-    partial: Completion  # of a ReplyError: what was received
+    partial: Completion  # what was received
 
-    def __init_subclass__(cls, code: str = "error", status: int = 1) -> None:
-        cls.code, cls.exit_status = code, status
+    def __init_subclass__(cls, code: str = "", status: int = 0) -> None:
+        cls.code, cls.exit_status = code or cls.code, status or cls.exit_status
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -227,7 +227,7 @@ def check_value(name: str, value: Any) -> None:
 
 def check_parameters(values: Any) -> JSON:
     """Return the values that are not None.  Raises InvalidRequestError."""
-    for name in values.keys() - set(REQUEST_NAMES):
+    for name in [name for name in values if name not in REQUEST_NAMES]:
         import difflib
 
         near = difflib.get_close_matches(name, REQUEST_NAMES, 1, 0.0)[0]
@@ -470,13 +470,13 @@ class ChunkMerger:
             elif old and type(old) in MERGED and type(old) is not kind:
                 raise TypeError
             elif kind is dict:
-                target[key] = old or {}
+                target[key] = old if type(old) is dict else {}
                 self._merge(target[key], value, depth + 1)
             elif kind is list:
-                target[key] = old or []
+                target[key] = old if type(old) is list else []
                 self._merge_items(target[key], value, depth + 1)
             elif kind is io.StringIO:  # a list of pieces is ten times as large
-                if not old:
+                if type(old) is not io.StringIO:
                     target[key] = io.StringIO()
                     self._texts.append((target, key, target[key]))
                 target[key].write(value)
@@ -563,7 +563,7 @@ STATUSES: dict[Any, Any] = {
 }
 OVERRUN = r"(?i)context.(length|window)|input.length|maximum.{1,40}token|too long"
 SHORTEN = ", over the context (4,096 tokens): shorten it or begin a new conversation"
-ADVICE = {  # by the name of an exception; none of these is retried
+ADVICE = {  # by the name of an exception; retried is only EAI_AGAIN
     "gaierror": " (is there such a host?)",
     "SSLCertVerificationError": " (SSL_CERT_FILE can name its authority)",
     "ModuleNotFoundError": " (https:// needs a Python with ssl)",
@@ -641,18 +641,21 @@ class Exchange:
         # The one way to bound every read of a body through urllib, in any Python.
         raw.readinto = functools.partial(self._read_in_time, raw.readinto, raw._sock)
         with response:
-            if response.headers.get("Content-Encoding", "identity") != "identity":
+            encoding = response.headers["Content-Encoding"] or "identity"
+            if encoding.lower() != "identity":
                 raise ReplyError("the reply is compressed")
             while piece := response.read1(65536):
                 self.received += len(piece)
                 if self.received > MAX_BYTES:
                     raise ReplyError(f"a reply or an event of over {MAX_BYTES} bytes")
                 yield piece
+            if response.length:  # read1 does not complain when the body is too short
+                raise http.client.IncompleteRead(b"", response.length)
 
     def read_completion(self, response: Any) -> Completion:
         text = read_text(self.pieces(response))
-        if not text or response.length:  # bytes that are missing
-            raise http.client.IncompleteRead(b"", response.length)
+        if not text:
+            raise http.client.IncompleteRead(b"")
         self.body, merger = read_json(text), ChunkMerger()
         merger.add(self.body, text)
         if not merger.choices or not all(c["message"] for c in merger.choices.values()):
@@ -662,7 +665,7 @@ class Exchange:
     def _status_error(self, response: Any) -> Any:
         with contextlib.suppress(Exception):
             self.body = read_json(read_text(self.pieces(response)))
-        message = server_message(self.body) or response.reason
+        message = server_message(self.body) or response.reason or "no message"
         kind, advice = next(v for k, v in STATUSES.items() if self.status in k)
         if self.status in (400, 413, 422, 500) and re.search(OVERRUN, message[:2000]):
             advice = SHORTEN
@@ -752,7 +755,7 @@ class Client:
     def stream(self, messages: Messages, **params: Unpack[Params]) -> Stream:
         """Send the messages; return the reply as it arrives.  Raises NemotronError."""
         body = {**self._body(messages, params), "stream": True}
-        if body.get("n", 1) != 1:
+        if (body.get("n") or 1) != 1:
             raise InvalidRequestError("n over 1 is not for streams")
         exchange = Exchange(self, body)
         return exchange.send(lambda response: Stream(exchange, response))
@@ -762,7 +765,7 @@ class Client:
         requests: Iterable[Any],
         jobs: int = 8,
         *,
-        output: str | None = None,
+        output: str | os.PathLike[str] | None = None,
         **params: Unpack[Params],
     ) -> Iterator[JSON]:
         """Send many requests, at most `jobs` (1 to 200) at a time; yield their rows.
@@ -899,7 +902,7 @@ def batch(
     requests: Iterable[Any],
     jobs: int = 8,
     *,
-    output: str | None = None,
+    output: str | os.PathLike[str] | None = None,
     **params: Unpack[Params],
 ) -> Iterator[JSON]:
     """Call Client().batch()."""
@@ -984,7 +987,7 @@ class Checkpoint:
             end += len(line)
 
     def _key(self, row: JSON) -> bytes:
-        """Return a digest of a request and its name, unless that was made up."""
+        """Return a digest of a request, and of its name unless that is line-N."""
         import hashlib
 
         name = re.sub(r"^line-\d+$", "", str(row.get("custom_id")))
@@ -1024,7 +1027,9 @@ class Batch:
         "localhost".encode("idna")  # loads what looking up a host needs
         self.client, self._jobs, self.stopped = client, jobs, threading.Event()
         self._params = {"model": client.model, **check_parameters(params)}
-        self._slots = threading.Semaphore(jobs)  # free again once its row is consumed
+        self._slots: Any = queue.SimpleQueue()  # one is free again once its row is used
+        for _ in range(jobs):
+            self._slots.put("free")
         self._source_lock = threading.Lock()  # held while a request is taken
         self.lock = threading.RLock()  # garbage collection may call end() anywhere
         self._rows: Any = queue.SimpleQueue()  # and None after the last
@@ -1048,7 +1053,7 @@ class Batch:
                 if self._output:
                     self._output.append(row)
                 yield row
-                self._slots.release()
+                self._slots.put("free")
         finally:
             self.end(at_once=True)
             if self._output:
@@ -1071,24 +1076,25 @@ class Batch:
                 self.stopped.set()
             if at_once or not self._in_flight:
                 self._rows.put(None)
-        self._slots.release(self._jobs)  # for the workers that wait for one
+        for _ in range(self._jobs):  # for the workers that wait for a slot
+            self._slots.put(None)
 
     def _work(self, numbered: Any, parse: Any) -> None:
         try:
-            while self._slots.acquire() and not self._has_ended:
+            for _ in iter(self._slots.get, None):
                 with self._source_lock:
                     row, body = self._take(numbered, parse)
                 if row:
                     self._answer(row, body)
                 else:
-                    self._slots.release()
+                    self._slots.put("free")
         except BaseException as error:
             self.end(None if isinstance(error, StopIteration) else error)
 
     def _take(self, numbered: Any, parse: Any) -> tuple[JSON, Any]:
-        """Return a row and its body, both empty if it has an answer; or StopIteration.
+        """Take and count a request; return its row and body, empty if it has an answer.
 
-        Taking a request and counting it are one step.
+        The caller holds _source_lock.  Raises StopIteration at the end.
         """
         number, item = next(numbered)
         row: JSON = {"id": f"batch_req_{os.urandom(12).hex()}"}
@@ -1181,7 +1187,9 @@ class BatchExchange(Exchange):
             return super()._delay_after(error)
         elif delay <= self.client.timeout:
             with batch.lock:
-                if self._last_pause == batch.not_before:  # no newer pause was for it
+                if (
+                    self._last_pause == batch.not_before
+                ):  # the first to report this pause
                     if not delay:
                         delay = batch.next_pause
                         batch.next_pause = min(2 * delay, batch.MAX_PAUSE)
@@ -1252,7 +1260,7 @@ def echo(request: Any) -> tuple[str, str]:
 # --------------------------------------------------------------- Command line: options
 
 USAGE = "%(prog)s [options] [PROMPT ...]"
-HELP = f"Send PROMPT and piped input to {MODEL}."
+HELP = f"Send PROMPT and piped input to {MODEL}.\nThe token is in DEEPINFRA_TOKEN."
 HELP_END = """\
 examples:
   %(prog)s 'Name two techniques to cook lamb.'
@@ -1270,7 +1278,7 @@ exit status:
   141  standard output was closed"""
 OPTIONS = read_table("""\
 request | -s --system | TEXT | system message
-request | -m --model | ID | default: NEMOTRON_MODEL
+request | -m --model | ID | model; default: NEMOTRON_MODEL
 request | -o --option | KEY VALUE | any field; VALUE is JSON, @FILE or a string
 request | -n --no-stdin | | leave standard input alone
 request | --no-stream | | wait for the whole reply
@@ -1286,7 +1294,7 @@ batch | --max-cost | a number | US dollars to spend
 server | --base-url | URL | default: DEEPINFRA_BASE_URL
 server | --timeout | a number | seconds of silence; default: 600
 server | --deadline | a number | seconds for a whole call
-server | --retries | an integer | default: 2, in a batch 6
+server | --retries | an integer | how many; default: 2, in a batch 6
 server | --offline | | a built-in one, which echoes""")
 
 
@@ -1316,7 +1324,7 @@ def parse_options(argv: list[str]) -> Any:
     ]
     groups = {row[0]: parser.add_argument_group(row[0]) for row in rows}
     for title, flags, kind, text in rows:
-        settings = kinds.get(kind, {"metavar": kind})
+        settings = kinds.get(kind, {"metavar": kind if kind.isupper() else "TEXT"})
         groups[title].add_argument(*flags.split(), help=text, **settings)
     argv = [os.fsencode(arg).decode("utf-8", "surrogateescape") for arg in argv]
     end = argv.index("--") if "--" in argv else len(argv)  # after it, all are words
@@ -1378,10 +1386,10 @@ def open_input(path: str) -> Any:
     with reporting(path):
         if path != "-":
             return open(path, "rb")
-        # A thread may still hold the buffer of sys.stdin at the end.
+        # Not sys.stdin, whose lock a thread may still hold at the end.
         file = open(os.dup(sys.stdin.fileno()), "rb")
         if sys.platform != "win32":
-            os.set_blocking(file.fileno(), True)  # or silence would be the end
+            os.set_blocking(file.fileno(), True)  # else silence is taken for the end
         timer = threading.Timer(2.0, warn, ["waiting for standard input (or use -n)"])
         timer.daemon = True
         timer.start()
@@ -1431,7 +1439,7 @@ def read_turns(words: list[str]) -> Iterator[str]:
 def load_conversation(path: str) -> list[JSON] | None:
     """Return the messages in a file; None if there is no file."""
     with reporting(path):
-        tempfile.TemporaryFile(dir=os.path.dirname(path)).close()
+        tempfile.TemporaryFile(dir=os.path.dirname(path)).close()  # or it is too late
         if not os.path.exists(path):
             return None
         if not os.path.isfile(path):
@@ -1444,7 +1452,7 @@ def save_conversation(path: str, before: Any, after: list[JSON]) -> None:
     """Replace the messages in a file, unless they are no longer those before."""
     folder = os.path.dirname(path)
     with reporting(path, NemotronError), contextlib.ExitStack() as stack:
-        if sys.platform != "win32":  # which cannot open a folder
+        if sys.platform != "win32":  # Windows cannot open a folder
             lock = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, lock)
             lock_file(lock, wait=True)
@@ -1462,7 +1470,7 @@ def finish_problem(reply: Completion) -> str:
     """Return why the reply is not complete; "" if it is."""
     choices: list[Any] = dig([], reply, "choices")
     reasons = {dig("", choice, "finish_reason") for choice in choices}
-    return ", ".join(reasons.intersection(INCOMPLETE))
+    return ", ".join(sorted(reasons.intersection(INCOMPLETE)))
 
 
 def format_cost(cost: float | None) -> str:
@@ -1576,7 +1584,7 @@ class Progress:
         parts += [f"{rate:.1f}/s, {format_cost(self.cost)}, {seconds:.1f} s"]
         if rate and self.total > done:
             parts.append(f"{(self.total - done) / rate:.0f} s left")
-        return ", ".join([*parts, self.stop_reason]).rstrip(", ")
+        return ", ".join(filter(None, [*parts, self.stop_reason]))
 
 
 def parse_line(line: bytes, template: str) -> Any:
@@ -1633,10 +1641,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line, and return its exit status."""
     sys.stdin = sys.stdin or open(os.devnull)  # where it is closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    files: Any = (sys.stdin, sys.stdout, sys.stderr)
-    for file in filter(None, files):
-        file.reconfigure(encoding="utf-8", errors="replace")
     try:
+        files: Any = (sys.stdin, sys.stdout, sys.stderr)
+        for file in filter(None, files):
+            file.reconfigure(encoding="utf-8", errors="replace")
         with contextlib.suppress(SystemExit):  # of -h and --version
             return run(sys.argv[1:] if argv is None else argv)
         print(end="", flush=True)
@@ -1649,7 +1657,8 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, RuntimeError, ValueError, MemoryError) as error:
         with contextlib.suppress(OSError, AttributeError):  # or exiting fails again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if getattr(error, "errno", 0) in (errno.EPIPE, errno.EINVAL):  # of Windows
+        closed = errno.EPIPE if sys.platform != "win32" else errno.EINVAL
+        if getattr(error, "errno", 0) == closed:
             return 141
         name = getattr(error, "filename", type(error).__name__) or "standard output"
         warn(f"{name}: {describe(error)}")
