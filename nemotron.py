@@ -420,7 +420,7 @@ class ChunkMerger:
                     return str(text)
             return self._add(chunk)
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
-            message = server_message(chunk) or source
+            message = server_message(source)
         raise ReplyError(f"the server sent an odd chunk: {message}")
 
     def _add(self, chunk: JSON) -> str:
@@ -692,7 +692,7 @@ class Exchange:
             advice = ADVICE.get(type(cause).__name__, "")
             error = kind(f"{problem}: {describe(cause)}{advice}")
             error.retryable = not advice or cause.args[:1] == (socket.EAI_AGAIN,)
-            error.__cause__ = cause
+            error.__cause__, cause.__cause__, cause.__context__ = cause, None, None
         error.status_code, error.partial = self.status, Completion()
         with contextlib.suppress(RecursionError):
             error.request_id, error.body = redact([self.request_id, self.body])
@@ -743,7 +743,8 @@ class Client:
         self._is_local = bool(match["loopback"])
         self._url = self.base_url.rstrip("/") + "/chat/completions"
         self._token = token.strip()
-        pattern = "".join(rf"\\{{0,7}}{re.escape(char)}" for char in self._token)
+        forms = [rf"{re.escape(char)}|(?i:u{ord(char):04x})" for char in self._token]
+        pattern = "".join(rf"\\{{0,7}}(?:{form})" for form in forms)
         self._token_pattern = re.compile(pattern)  # each character may be escaped
         self._lock = threading.Lock()
 
@@ -916,7 +917,9 @@ ROW_START = b'{"id": "batch_req_'  # and how a torn row starts
 
 def read_request(item: Any, defaults: JSON) -> JSON:
     """Return the body of a batch request; its own fields go before the defaults."""
-    fields = {"prompt": item} if isinstance(item, str) else dig(item, item, "body")
+    fields: Any = dig({}, item, "body") or item
+    if isinstance(item, str):
+        fields = {"prompt": item}
     if not isinstance(fields, dict):
         raise InvalidRequestError(f"not an object or a string: {reprlib.repr(fields)}")
     unsent = ("custom_id", "stream", "stream_options")
@@ -1180,12 +1183,16 @@ class BatchExchange(Exchange):
 
     def _delay_after(self, error: NemotronError) -> float:
         """Pause all calls when the server is busy; this uses up no retry."""
-        batch, now, delay = self._batch, self.client._clock(), error.retry_after or 0.0
-        if getattr(error.__cause__, "errno", 0) in (errno.EMFILE, errno.ENFILE):
-            delay = 0.1  # until another call has ended
-        elif not isinstance(error, RateLimitError):
+        batch, now, timeout = self._batch, self.client._clock(), self.client.timeout
+        is_full = getattr(error.__cause__, "errno", 0) in (errno.EMFILE, errno.ENFILE)
+        if not is_full and not isinstance(error, RateLimitError):
             return super()._delay_after(error)
-        elif delay <= self.client.timeout:
+        delay = error.retry_after or 0.0
+        if delay > timeout or self._paused >= timeout:
+            raise error
+        if is_full:
+            delay = 0.1  # until another call has ended
+        else:
             with batch.lock:
                 if (
                     self._last_pause == batch.not_before
@@ -1197,7 +1204,7 @@ class BatchExchange(Exchange):
                 batch.not_before = max(batch.not_before, now + delay)
                 delay = batch.not_before - now
         self._paused += delay
-        if now + delay >= self.deadline or self._paused > self.client.timeout:
+        if now + delay >= self.deadline:
             raise error
         return delay
 
