@@ -30,6 +30,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import unittest
 import warnings
 from unittest import mock
@@ -850,6 +851,8 @@ LEAKS = {
     "encoding": answer("x", headers={"Content-Encoding": TOKEN}),
     "location": answer("", status=302, headers={"Location": TOKEN}),
     "status line": answer("", status=f"x {TOKEN}"),
+    "status": Answer([TOKEN.encode()], TOKEN, {}, "close", "clean"),
+    "text, escaped": answer(ALL_ESCAPED, status=400),
     "stream": sse(delta("a"), {"error": TOKEN}),
     "no JSON in a stream": sse(f"{{ {ALL_ESCAPED}"),
 }
@@ -857,6 +860,7 @@ LEAKS = {
 
 def shown(error):
     """Yield all that an error shows, and the errors behind it."""
+    yield from traceback.format_exception(type(error), error, error.__traceback__)
     while error is not None:
         yield from (str(error), repr(error), repr(error.args))
         yield from (str(getattr(error, name, "")) for name in ("body", "request_id"))
@@ -910,7 +914,8 @@ class SettingsTests(Case):
         for call in (client.chat, client.stream):
             with self.assertRaises(nemotron.NemotronError) as caught:
                 list(call("x"))
-            self.assertNotIn(TOKEN[2:6], "".join(shown(caught.exception)))
+            for form in (TOKEN[2:6], ALL_ESCAPED[12:36]):
+                self.assertNotIn(form, "".join(shown(caught.exception)))
         rows = []
         with contextlib.suppress(nemotron.AuthenticationError):
             rows.extend(self.serve(reply).client(retries=0).batch(["x"]))
