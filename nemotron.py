@@ -637,9 +637,11 @@ class Exchange:
 
     def pieces(self, response: Any) -> Iterator[bytes]:
         """Yield the body as it comes, up to MAX_BYTES since `received` was set to 0."""
-        raw, self.received = response.fp.raw, 0
-        # The one way to bound every read of a body through urllib, in any Python.
-        raw.readinto = functools.partial(self._read_in_time, raw.readinto, raw._sock)
+        self.received = 0
+        with contextlib.suppress(AttributeError):  # it has no socket
+            # The one way to bound every read of a body through urllib, in any Python.
+            raw, read = response.fp.raw, self._read_in_time
+            raw.readinto = functools.partial(read, raw.readinto, raw._sock)
         with response:
             encoding = response.headers["Content-Encoding"] or "identity"
             if encoding.lower() != "identity":
@@ -842,6 +844,9 @@ class Stream(contextlib.AbstractContextManager["Stream"]):
 
     def __iter__(self) -> Iterator[str]:
         return (text for _, text in self._read() if text)
+
+    def __next__(self) -> str:
+        return next(iter(self))
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield every Chunk that is left, instead of the text."""
@@ -1366,7 +1371,7 @@ def read_params(args: Any) -> JSON:
 
 def warn(message: object) -> None:
     with contextlib.suppress(OSError, ValueError):  # it may be full or closed
-        print("nemotron:", one_line(str(message)), file=sys.stderr)
+        print("nemotron:", one_line(str(message)), file=sys.stderr, flush=True)
 
 
 def write_reply(pieces: Iterable[str]) -> None:
@@ -1589,7 +1594,7 @@ class Progress:
         parts = [f"{done} of {self.total or '?'} done, {self.failed} failed"]
         parts += [f"{count} {name}" for name, count in self.problems.items()]
         parts += [f"{rate:.1f}/s, {format_cost(self.cost)}, {seconds:.1f} s"]
-        if rate and self.total > done:
+        if rate and self.total > done and not self.batch.stopped.is_set():
             parts.append(f"{(self.total - done) / rate:.0f} s left")
         return ", ".join(filter(None, [*parts, self.stop_reason]))
 
