@@ -882,9 +882,16 @@ class Stream(contextlib.AbstractContextManager["Stream"]):
                     self._problem = None if merger.choices else ReplyError("no reply")
                     break
                 if name == "error":
-                    merger.add({"error": chunk or "no message"}, data)
-                elif data not in ("", "null") and not data.startswith(":"):
-                    yield chunk, merger.add(chunk, data)
+                    chunk = {"error": chunk or "no message"}
+                elif data in ("", "null") or data.startswith(":"):
+                    continue  # it keeps the connection alive
+                try:
+                    text = merger.add(chunk, data)
+                except ReplyError:
+                    if merger.is_finished:  # usage may come even now
+                        continue
+                    raise
+                yield chunk, text
         except Exception as problem:
             self._problem = problem
         self.close()

@@ -560,6 +560,7 @@ class StreamTests(Case):
     @each(
         twice=[{**delta("a"), "usage": {"prompt_tokens": 1}}, END, AFTER_END],
         null_at_the_end=[{**delta(), "usage": USAGE}, {**END, "usage": None}],
+        after_a_late_error=[delta("a"), END, {"error": "late"}, AFTER_END],
     )
     def test_usage_counts_wherever_it_comes(self, events):
         self.assertEqual(self.stream(*events).completion().usage, USAGE)
