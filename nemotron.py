@@ -1016,10 +1016,13 @@ class Checkpoint:
         return self._answered[key] >= 0
 
     def append(self, row: JSON) -> None:
+        """Write a row.  Once that has failed, nothing more is written."""
         line = json.dumps(row).encode() + b"\n"
-        with reporting(self.file.name, NemotronError):
+        with reporting(self.file.name, NemotronError), contextlib.ExitStack() as stack:
+            stack.callback(self.file.close)
             while line:  # a full disk takes a part first
                 line = line[self.file.write(line) :]
+            stack.pop_all()
 
 
 def start_thread(target: Any, *args: Any) -> None:
@@ -1065,14 +1068,13 @@ class Batch:
                         raise NemotronError("the system allows no thread") from None
                     break
             for row in iter(self._next_row, None):
-                if self._output:
-                    self._output.append(row)
                 yield row
                 self._slots.put("free")
         finally:
             self.end(at_once=True)
-            if self._output:
-                self._output.file.close()
+            with self.lock:
+                if self._output:
+                    self._output.file.close()
         if self._failure:
             raise self._failure
 
@@ -1153,8 +1155,11 @@ class Batch:
         try:
             if body:
                 self._send(row, body)
+            with self.lock:
+                if self._output and not self.stopped.is_set():
+                    self._output.append(row)
             self._rows.put(row)
-        except BaseException as error:  # no memory is left
+        except BaseException as error:  # the output is full, or no memory is left
             self.end(error, at_once=True)
         with self.lock:
             self._in_flight -= 1

@@ -1243,6 +1243,16 @@ class BatchTests(BatchCase):
             self.rows = path
             self.invalid(self.send, "a")
 
+    def test_rows_are_written_before_they_are_read(self):
+        rows = self.serve(echo).client().batch("abc", 3, output=str(self.rows))
+        next(rows)
+        for _ in range(PATIENCE * 100):
+            if self.rows.read_bytes().count(b"\n") == 3:
+                break
+            time.sleep(0.01)
+        rows.close()
+        self.assertEqual((len(self.read()), self.send("abc")), (3, ""))
+
     @posix
     def test_two_runs_on_one_file(self):
         rows = self.serve(echo).client().batch("ab", 1, output=str(self.rows))
