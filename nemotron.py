@@ -199,8 +199,8 @@ tools | a list of objects | | | functions that it may call
 response_format | an object | | | such as {"type": "json_object"}""")
 # Other names | kind | limits | what they are
 SETTINGS = read_table("""\
-model system | a string | | belongs to chat()
-extra | an object | | belongs to chat()
+model system | a string | |
+extra | an object | |
 base_url token | a string | | belongs to Client()
 timeout deadline | a number | 0 < x <= 1000000 | belongs to Client()
 retries | an integer | 0 <= x <= 1000 | belongs to Client()
@@ -330,7 +330,7 @@ STOP_TOKEN = "</s>"  # the model's own; the provider sends it as the last piece 
 INCOMPLETE = ("length", "content_filter", "abort", "error")  # values of finish_reason
 RUNNING_TEXT = ("content", "reasoning_content", "reasoning", "refusal", "arguments")
 MAX_DEPTH = 100  # levels of nesting in a chunk
-MERGED = (dict, list, io.StringIO)  # which no value of another type replaces
+MERGED = (dict, list, io.StringIO)  # types that no value of another type replaces
 
 
 class Completion(dict[str, "Any"]):
@@ -563,7 +563,7 @@ STATUSES: dict[Any, Any] = {
 }
 OVERRUN = r"(?i)context.(length|window)|input.length|maximum.{1,40}token|too long"
 SHORTEN = ", over the context (4,096 tokens): shorten it or begin a new conversation"
-ADVICE = {  # by the name of an exception; retried is only EAI_AGAIN
+ADVICE = {  # by exception name; of these only EAI_AGAIN is retried
     "gaierror": " (is there such a host?)",
     "SSLCertVerificationError": " (SSL_CERT_FILE can name its authority)",
     "ModuleNotFoundError": " (https:// needs a Python with ssl)",
@@ -593,8 +593,8 @@ class Exchange:
         """Send the request and return read(response); again if the error allows it."""
         client, delay = self.client, 0.0
         while True:
-            response: Any = None
-            self.status = self.request_id = self.body = response  # body: JSON or text
+            nothing: Any = None  # so far; the body is JSON, or text
+            self.status = self.request_id = self.body = nothing
             self._wait(delay)
             try:
                 headers = client._headers()
@@ -741,7 +741,8 @@ class Client:
                 check_value(name, value)
         match = re.fullmatch(URL, self.base_url)
         if not match or not 0 < int(match["port"] or 443) < 65536:
-            raise InvalidRequestError("base_url must be https://host[:port][/path]")
+            expected = "https://host[:port][/path], or http:// and a loopback host"
+            raise InvalidRequestError(f"base_url must be {expected}")
         self._is_local = bool(match["loopback"])
         self._url = self.base_url.rstrip("/") + "/chat/completions"
         self._token = token.strip()
@@ -826,7 +827,8 @@ class Client:
 class Stream(contextlib.AbstractContextManager["Stream"]):
     """A reply as it arrives: iterating yields the text of choice 0, piece by piece.
 
-    Raises ReplyError, IncompleteReplyError if it stops early; later reads do so, too.
+    Reading raises IncompleteReplyError if the reply stops before its end, or ReplyError
+    if the server sends something else; every later read raises the same error.
     """
 
     def __init__(self, exchange: Exchange, response: Any) -> None:
@@ -924,7 +926,7 @@ def batch(
 
 # ----------------------------------------------------------------------------- Batch
 
-ROW_START = b'{"id": "batch_req_'  # and how a torn row starts
+ROW_START = b'{"id": "batch_req_'  # how each row begins
 
 
 def read_request(item: Any, defaults: JSON) -> JSON:
@@ -1018,11 +1020,13 @@ class Checkpoint:
     def append(self, row: JSON) -> None:
         """Write a row.  Once that has failed, nothing more is written."""
         line = json.dumps(row).encode() + b"\n"
-        with reporting(self.file.name, NemotronError), contextlib.ExitStack() as stack:
-            stack.callback(self.file.close)
-            while line:  # a full disk takes a part first
-                line = line[self.file.write(line) :]
-            stack.pop_all()
+        with reporting(self.file.name, NemotronError):
+            try:
+                while line:  # a full disk takes a part first
+                    line = line[self.file.write(line) :]
+            except OSError:
+                self.file.close()
+                raise
 
 
 def start_thread(target: Any, *args: Any) -> None:
@@ -1211,9 +1215,8 @@ class BatchExchange(Exchange):
             delay = 0.1  # until another call has ended
         else:
             with batch.lock:
-                if (
-                    self._last_pause == batch.not_before
-                ):  # the first to report this pause
+                # The first call of those sent before it begins a pause.
+                if self._last_pause == batch.not_before:
                     if not delay:
                         delay = batch.next_pause
                         batch.next_pause = min(2 * delay, batch.MAX_PAUSE)
@@ -1312,14 +1315,14 @@ prompt | -i --interactive | | chat, a turn a line; exit or Ctrl-D ends it
 prompt | --json | | print the server's JSON
 prompt | --dry-run | | print the JSON body only
 batch | --batch | FILE | send each line of FILE (-: standard input)
-batch | --output | FILE | append rows, skip those it has
-batch | -j --jobs | an integer | at a time, 1 to 200; default: 8
-batch | --max-cost | a number | US dollars to spend
+batch | --output | FILE | append the rows to FILE; skip what has one there
+batch | -j --jobs | an integer | requests at a time, 1 to 200; default: 8
+batch | --max-cost | a number | send no more after so many US dollars
 server | --base-url | URL | default: DEEPINFRA_BASE_URL
 server | --timeout | a number | seconds of silence; default: 600
 server | --deadline | a number | seconds for a whole call
-server | --retries | an integer | how many; default: 2, in a batch 6
-server | --offline | | a built-in one, which echoes""")
+server | --retries | an integer | attempts after the first; default: 2, in a batch 6
+server | --offline | | use a built-in server, which echoes the prompt""")
 
 
 def parse_options(argv: list[str]) -> Any:
