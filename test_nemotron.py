@@ -56,8 +56,8 @@ posix = unittest.skipIf(os.name == "nt", "needs POSIX")
 Answer = collections.namedtuple("Answer", "pieces status headers framing end")
 Request = collections.namedtuple("Request", "line headers json prompt")
 JSON, HTML = {"Content-Type": "application/json"}, {"Content-Type": "text/html"}
-# What comes for ever: nothing, whole chunks, or the size of a chunk without a line end
-FOREVER = {"stall": b"", "pings": b"8\r\n: ping\n\n\r\n", "drip": b"0"}
+# What comes for ever: nothing, whole lines, or one more byte of a line
+FOREVER = {"stall": b"", "pings": b"8\r\n: ping\n\n\r\n", "drip": b"1\r\n0\r\n"}
 
 
 def answer(*pieces, status=200, headers=(), framing="length", end="clean"):
@@ -814,7 +814,7 @@ class FaultTests(Case):
             self.error(nemotron.APIConnectionError, client.chat, "x")
         self.assertEqual(len(client.slept), retries)
 
-    def test_the_deadline_ends_a_chunk_size_that_drips(self):
+    def test_the_deadline_ends_a_body_that_drips(self):
         blocking = answer(framing="chunked", end="drip")
         streamed = sse(delta("a"), done=False, end="drip")
         server = self.serve(lambda r: streamed if r.json.get("stream") else blocking)
@@ -1455,7 +1455,7 @@ class ProgramTests(ProgramCase):
     @each(
         length=(answer(completion("a", "length")), 3, "a\n", "length"),
         abort=(sse(delta("a", "abort")), 3, "a\n", "abort"),
-        cut=(sse(delta("a"), done=False), 3, "a\n", "before its end"),
+        cut=(sse(delta("a"), done=False), 3, "a\n", "no complete reply"),
         error=(sse(delta("a"), {"error": "Boom"}), 1, "a\n", "Boom"),
         compressed=(ZIPPED, 1, "", "compressed"),
         refused=(answer({"detail": "no"}, status=401), 4, "", "DEEPINFRA_TOKEN"),
@@ -1528,7 +1528,6 @@ class ProgramTests(ProgramCase):
     @posix
     def test_standard_input_is_waited_for_with_a_note(self):
         reader, writer = os.pipe()
-        os.set_blocking(reader, False)  # as a shell may leave it
         process = self.popen([*PROGRAM, "--offline", "--batch", "-"], stdin=reader)
         os.close(reader)
         note = process.stderr.readline().decode()
@@ -1618,7 +1617,7 @@ class ConversationTests(ProgramCase):
         args = ("-i", "-c", self.file, "first", "turn", "--base-url", server.url)
         status, out, err = main(*args, stdin=b"two\n\n \nthree\nexit\nfour\n")
         self.assertEqual((status, out), (0, "first turn\nthree\n"))
-        self.assertRegex(err, r"\Anemotron: .*new conversation.*\n\Z")
+        self.assertRegex(err, r"\Anemotron: .*shorten it.*\n\Z")
         self.assertEqual(len(self.load()), 4)
         self.assertEqual(len(server.requests[-1].json["messages"]), 3)
 
