@@ -15,11 +15,11 @@ A reply is complete, or it is an error.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import email.utils
 import errno
 import functools
+import hashlib
 import http.client
 import io
 import itertools
@@ -37,6 +37,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
 from contextlib import suppress
 
 TYPE_CHECKING = False  # importing typing takes 2 ms
@@ -78,15 +79,15 @@ __version__ = "2.0.0"
 __all__ = ["MODEL", "BASE_URL", "chat", "stream", "batch", "build_request", "Client"]
 __all__ += ["Completion", "Chunk", "Stream", "offline", "main", "NemotronError"]
 __all__ += ["InvalidRequestError", "APIConnectionError", "APITimeoutError"]
-__all__ += ["APIStatusError", "AuthenticationError", "RateLimitError", "ReplyError"]
-__all__ += ["IncompleteReplyError"]
+__all__ += ["APIStatusError", "AuthenticationError", "RateLimitError"]
+__all__ += ["ReplyError", "IncompleteReplyError"]
 
 MODEL = "nvidia/Nemotron-4-340B-Instruct"
 BASE_URL = "https://api.deepinfra.com/v1/openai"
-MAX_BYTES = 64 << 20  # of a reply, or of one server-sent event
-MAX_DEPTH = 100  # levels of nesting in errors and rows; JSON of any Python goes so far
-MAX_DELAY = 120.0  # seconds; a server that asks for more is not tried again
-GRACE = 5.0  # seconds to read on after the end of a streamed reply
+MAX_BYTES = 64 << 20  # of a reply, or of one event
+MAX_DEPTH = 100  # levels of JSON that any Python can read
+MAX_DELAY = 120.0  # seconds; no retry if a server asks for more
+GRACE = 5.0  # seconds to read on after the end of a stream
 
 # ---------------------------------- Errors
 
@@ -107,10 +108,10 @@ def describe(error: BaseException) -> str:
 
 
 class NemotronError(Exception):
-    """Base class; str() of an error is a line of at most 280 characters."""
+    """Base class; str() is one line of at most 280 characters."""
 
-    code, exit_status = "error", 1  # in a row of a batch; of the command line
-    retryable = False  # whether the same request may succeed later
+    code, exit_status = "error", 1  # in a batch row; of the command line
+    retryable = False  # the same request may succeed later
     status_code: int | None = None
     request_id: str | None = None
     retry_after: float | None = None  # seconds
@@ -141,7 +142,7 @@ class APIStatusError(NemotronError, code="api_status"):
 
 
 class AuthenticationError(APIStatusError, code="authentication", status=4):
-    """Status 401, 402 or 403; or no usable token, and status_code is None."""
+    """Status 401, 402, 403; or no usable token (status_code is None)."""
 
 
 class RateLimitError(APIStatusError, code="rate_limit", status=5):
@@ -168,24 +169,22 @@ def is_list_of(kind: type, value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
 
 
-KINDS: dict[str, Any] = {
+def read_table(text: str) -> Any:
+    return [[cell.strip() for cell in row.split("|")] for row in text.splitlines()]
+
+
+KINDS: Any = {
     "a number": lambda x: isinstance(x, (int, float)),
     "an integer": lambda x: isinstance(x, int),
     "a string": lambda x: isinstance(x, str),
     "a path": lambda x: isinstance(x, (str, os.PathLike)),
     "none or auto": lambda x: x in ("none", "auto"),
-    "a string or a list of 1 to 16": lambda x: (
+    "1 to 16 strings": lambda x: (
         isinstance(x, str) or is_list_of(str, x) and 0 < len(x) <= 16
     ),
     "a list of objects": lambda x: is_list_of(dict, x),
     "an object": lambda x: isinstance(x, dict),
 }
-
-
-def read_table(text: str) -> list[list[str]]:
-    return [[cell.strip() for cell in row.split("|")] for row in text.splitlines()]
-
-
 # From the provider's OpenAPI file: name | kind | limits | server's default | help
 PARAMETERS = read_table("""\
 temperature | a number | 0 <= x <= 2 | 1 | lower is more focused
@@ -199,7 +198,7 @@ repetition_penalty | a number | 0.01 <= x <= 5 | 1 | above 1: less repetition
 tool_choice | none or auto | | | whether it may call a tool
 user | a string | | | hashed ID of your end user
 seed | an integer | 0 <= x <= 9223372036854775807 | | to repeat a reply
-stop | a string or a list of 1 to 16 | | | end the reply before this text
+stop | 1 to 16 strings | | | end the reply before this text
 n | an integer | 1 <= x <= 4 | 1 | number of replies
 tools | a list of objects | | | functions that it may call
 response_format | an object | | | such as {"type": "json_object"}""")
@@ -212,7 +211,6 @@ timeout deadline | a number | 0 < x <= 1000000 | belongs to Client()
 retries | an integer | 0 <= x <= 1000 | belongs to Client()
 jobs | an integer | 1 <= x <= 200 | belongs to batch()
 output | a path | | belongs to batch()
-max_cost | a number | 0 <= x <= 1000000 | belongs to the command line
 stream | | | is chosen by calling stream()""")
 SPECS = {name: row for row in PARAMETERS + SETTINGS for name in row[0].split()}
 REQUEST_NAMES = [row[0] for row in PARAMETERS] + ["model", "system", "extra"]
@@ -224,28 +222,34 @@ def check_value(name: str, value: Any) -> None:
     if valid and limits:
         low, sign, _, _, high = limits.split()
         valid = float(low) <= value <= int(high) and (sign != "<" or value > float(low))
+    valid = valid or value is None
     require(valid, f"{name} is {reprlib.repr(value)}, must be {kind} {limits}")
 
 
 def check_parameters(values: Any) -> JSON:
-    """Return the values that are not None.  Raises InvalidRequestError."""
-    for name, value in values.items():
+    """Return the values that are not None."""
+    given = {name: value for name, value in values.items() if value is not None}
+    for name, value in given.items():
         if name not in REQUEST_NAMES:
             import difflib
 
             near = difflib.get_close_matches(name, REQUEST_NAMES, 1, 0.0)[0]
-            unknown = f"unknown; did you mean {near}? (Other fields go into extra.)"
+            unknown = f"unknown; did you mean {near}? Other fields go into extra"
             raise InvalidRequestError(f"{name:.80}: {SPECS.get(name, [unknown])[-1]}")
-        if value is not None:
-            check_value(name, value)
-    return {name: value for name, value in values.items() if value is not None}
+        check_value(name, value)
+    reserved = {"messages", "model", "stream"} & given.get("extra", {}).keys()
+    require(not reserved, f"extra must be without {reserved}")
+    return given
 
 
 # --------------------------------- Request
 
+ROLES = ("system", "user", "assistant", "tool")
+raw_decode = json.JSONDecoder().raw_decode  # faster than json.loads()
+
 
 def dig(default: T, value: Any, *path: Any) -> T:
-    """Return value[path[0]]..., or default if that is absent or of another type."""
+    """Return value[path[0]]..., or default if absent or of another type."""
     try:
         for key in path:
             value = value[key]
@@ -254,13 +258,10 @@ def dig(default: T, value: Any, *path: Any) -> T:
     return value if default is None or isinstance(value, type(default)) else default
 
 
-raw_decode = json.JSONDecoder().raw_decode
-
-
 def read_json(text: str) -> Any:
     """Return the value of a JSON text, or the text if it is not JSON."""
     try:
-        value, end = raw_decode(text.strip())  # faster than json.loads()
+        value, end = raw_decode(text.strip())
     except (ValueError, RecursionError):
         return text
     return value if end == len(text.strip()) else text
@@ -273,23 +274,20 @@ def to_json(value: object) -> str:
         raise InvalidRequestError(f"not JSON: {error}") from None
 
 
-ROLES = ("system", "user", "assistant", "tool")
-
-
-def check_messages(messages: Any, systems: int = 0) -> list[JSON]:
+def check_messages(messages: Any, systems: int = 0) -> Any:
     require(isinstance(messages, (list, tuple)), "messages must be a list")
     for index, message in enumerate(messages):
         where, role = f"messages[{index}]:", dig("", message, "role")
-        content = dig(None, message, "content")
-        is_valid = isinstance(content, str) or content and is_list_of(dict, content)
-        if role == "assistant" and content is None:
-            is_valid = dig(None, message, "tool_calls")
-        systems += role == "system"
-        has_id = role != "tool" or dig("", message, "tool_call_id")
         require(role in ROLES, f"{where} role must be one of {ROLES}")
+        systems += role == "system"
         require(systems < 2, f"{where} a second system message")
+        content = message.get("content")
+        is_valid = isinstance(content, str) or content and is_list_of(dict, content)
+        if content is None and role == "assistant":
+            is_valid = message.get("tool_calls")
         require(is_valid, f"{where} content must be a string or a list of objects")
-        require(has_id, f"{where} a tool message must have a tool_call_id")
+        if role == "tool":
+            require(dig("", message, "tool_call_id"), f"{where} no tool_call_id")
     return [dict(message) for message in messages]
 
 
@@ -298,15 +296,13 @@ def build_request(
 ) -> JSON:
     """Return the JSON body of a request.  Raises InvalidRequestError.
 
-    messages  a string, which is one user message, or a list of message objects
-    system    a system message to put in front of them
-    params    model, and the names in PARAMETERS; what is not given is not sent
-    extra     other fields, which are not checked
+    messages  a string (one user message) or a list of message objects
+    params    model, and the names in PARAMETERS; None: not sent
+    system    a system message to put in front
+    extra     other fields, not checked
     """
     given = check_parameters(params)
     fields, system = given.pop("extra", {}), given.pop("system", None)
-    for name in ("messages", "model", "stream"):
-        require(name not in fields, f"extra must be without {name}")
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     first = [] if system is None else [{"role": "system", "content": system}]
@@ -320,22 +316,22 @@ def build_request(
 
 # ----------------------------------- Reply
 
-STOP_TOKEN = "</s>"  # the model's own, the last piece of text
+STOP_TOKEN = "</s>"  # the model's last piece of text
 INCOMPLETE = ("length", "content_filter", "abort", "error")  # finish_reason
 RUNNING_TEXT = ("content", "reasoning_content", "reasoning", "refusal", "arguments")
 
 
 class Completion(dict[str, "Any"]):
-    """The server's JSON, untouched; the properties are of choice 0, and never raise."""
+    """The server's JSON.  The properties are those of choice 0, and never raise."""
 
     def _dig(self, default: T, *path: Any) -> T:
-        choices: list[Any] = dig([], self, "choices")
+        choices: Any = dig([], self, "choices")
         first = next((c for c in choices if not dig(None, c, "index")), None)
         return dig(default, first, *path)
 
     @property
     def text(self) -> str:
-        """The text; "" if there is none."""
+        """The text, or ""."""
         return self._dig("", "message", "content") or self._dig("", "delta", "content")
 
     @property
@@ -345,25 +341,25 @@ class Completion(dict[str, "Any"]):
 
     @property
     def usage(self) -> JSON:
-        """prompt_tokens, completion_tokens ...; {} if there is none."""
+        """prompt_tokens, completion_tokens ...; {} if unknown."""
         return dig({}, self, "usage")
 
     @property
     def cost(self) -> float | None:
         """US dollars: `usage.estimated_cost`, else `usage.cost`; None if unknown."""
         costs: Any = map(self.usage.get, ("estimated_cost", "cost"))
-        known = (c for c in costs if type(c) in (int, float) and abs(c) < 1e9)
+        known = (c for c in costs if type(c) in (int, float) and 0 <= c < 1e9)
         return next(known, None)
 
     @property
     def tool_calls(self) -> list[JSON]:
-        """The tool calls; [] if there are none."""
+        """[] if there are none."""
         calls: list[JSON] = self._dig([], "message", "tool_calls")
         return calls if is_list_of(dict, calls) else []
 
     @property
     def message(self) -> JSON:
-        """The reply as an assistant message, for the next request."""
+        """The assistant's message, for the next request."""
         calls = {"tool_calls": self.tool_calls} if self.tool_calls else {}
         return {"role": "assistant", "content": self.text, **calls}
 
@@ -378,45 +374,46 @@ def server_message(answer: Any) -> str:
     while isinstance(answer, (dict, list)):
         values: Any = map(answer.get, names) if isinstance(answer, dict) else answer
         answer = next((v for v in values if v and isinstance(v, (str, dict, list))), "")
-    is_text = isinstance(answer, str) and answer.lstrip()[:1] != "<"  # HTML
-    return answer if is_text else ""
+    text = dig("", answer)
+    return "" if text.lstrip()[:1] == "<" else text  # HTML
 
 
 class ChunkMerger:
     def __init__(self) -> None:
         self.choices: Any = {}  # by index
-        self.is_finished = False  # whether every choice that came has a finish_reason
+        self.is_finished = False  # every choice that came has a finish_reason
         self._reply: JSON = {}  # without the choices
-        self._texts: Any = []  # (object, key, io.StringIO) of all running text
-        self._items: Any = {}  # by the id of their list and their index
+        self._parts: Any = []  # (object, key, value) of texts and lists
         self._held = ""  # a stop token, which is text if more follows
         self._plain: Any = None  # the last chunk, if it has only text
 
-    def add(self, chunk: Any, source: str) -> str:
+    def add(self, chunk: Any, source: str) -> Any:
         """Return the text that a chunk adds to choice 0.  Raises ReplyError."""
         try:  # most chunks differ from the last in their text only
             choices = chunk.get("choices") or [{}]
-            text = (choices[0].get("delta") or {}).get("content") or ""
-            if self._plain and text not in ("", STOP_TOKEN):
+            text = (choices[0].get("delta") or {}).get("content")
+            if self._plain and text and text != STOP_TOKEN:
                 self._plain["choices"][0]["delta"]["content"] = text
                 if chunk == self._plain:
                     self.choices[0]["message"]["content"].write(text)
-                    return str(text)
+                    return text
             return self._add(chunk)
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
-            said = server_message(source)
+            said = server_message(source) or "no reply"
             raise ReplyError(f"the server sent an odd chunk: {said}") from None
 
-    def _add(self, chunk: JSON) -> str:
-        choices: Any = [] if self.is_finished else chunk.get("choices") or []
+    def _add(self, chunk: Any) -> Any:
+        choices = [] if self.is_finished else chunk.get("choices") or []
         errors = [part for part in (chunk, *choices) if part.get("error")]
         said = server_message(errors if choices else chunk)
         if errors or said:
-            raise ReplyError(f"the server sent an error, or no reply: {said}")
+            if self.is_finished:
+                return ""  # usage may still come
+            raise ReplyError(f"the server sent an error: {said or 'no message'}")
         self._merge(self._reply, {**chunk, "choices": None})
         self._plain, new_text, delta = None, "", {}
         for choice in choices:
-            index = round(choice.get("index") or 0)  # raises for what is no number
+            index = int.__index__(choice.get("index") or 0)  # raises for 0.5
             delta = dict(choice.get("delta") or choice.get("message") or {})
             piece = delta.get("content")
             if index == 0 and piece not in (None, ""):
@@ -424,10 +421,10 @@ class ChunkMerger:
                 self._held = piece if piece == STOP_TOKEN else ""
                 delta["content"] = text.removesuffix(self._held)
                 new_text += delta["content"]
-            merged = self.choices.setdefault(index, {"index": index, "message": {}})
-            self._merge(merged["message"], delta)
-            rest = {k: v for k, v in choice.items() if k not in ("delta", "message")}
-            self._merge(merged, rest)
+            start = {"index": index, "message": {"role": "assistant", "content": None}}
+            fields = {**choice, "message": delta}
+            fields.pop("delta", None)
+            self._merge(self.choices.setdefault(index, start), fields)
         reasons = [choice.get("finish_reason") for choice in self.choices.values()]
         self.is_finished = bool(reasons) and all(reasons)
         is_plain = new_text and delta.keys() <= {"role", "content"}
@@ -439,51 +436,44 @@ class ChunkMerger:
     def _merge(self, target: Any, source: Any) -> None:
         for key, value in source.items():
             old = target.get(key)
-            if value is None or value == "":
-                target.setdefault(key, value)
-            elif isinstance(value, (dict, list)):
-                target[key] = old or type(value)()
-                merge = self._merge if isinstance(value, dict) else self._merge_items
-                merge(target[key], value)
+            if value in (None, ""):
+                target[key] = value if old is None else old
+            elif isinstance(value, dict):
+                old = target[key] = old or {}
+                self._merge(old, value)
+            elif isinstance(value, list):
+                if not old:
+                    old = target[key] = {}  # items by index, until completion()
+                    self._parts.append((target, key, old))
+                for item in value:
+                    index = dig(None, item, "index")
+                    if index is None:
+                        old[object()] = item
+                    else:
+                        fields = {k: v for k, v in item.items() if k != "index"}
+                        self._merge(old, {index: fields})
             elif isinstance(value, str) and key in RUNNING_TEXT:
                 if not old:  # a list of pieces would be ten times as large
-                    target[key] = io.StringIO()
-                    self._texts.append((target, key, target[key]))
-                target[key].write(value)
-            elif isinstance(old, (dict, list, io.StringIO)):
-                raise TypeError
+                    old = target[key] = io.StringIO()
+                    self._parts.append((target, key, old))
+                old.write(value)
             else:
                 target[key] = value
 
-    def _merge_items(self, target: list[Any], items: Any) -> None:
-        for item in items:
-            index = dig(None, item, "index")
-            if index is None:
-                target.append(item)
-                continue
-            place = (id(target), index)
-            if place not in self._items:
-                target.append(self._items.setdefault(place, {}))
-            rest = {key: value for key, value in item.items() if key != "index"}
-            self._merge(self._items[place], rest)
-
     def completion(self) -> Completion:
-        for target, key, text in self._texts:
-            target[key] = text.getvalue()
-        choices = list(self.choices.values())
-        for choice in choices:
-            message = choice["message"]
-            message.setdefault("role", "assistant")
-            message.setdefault("content", None if message.get("tool_calls") else "")
-        return Completion(self._reply, object="chat.completion", choices=choices)
+        for target, key, part in self._parts:
+            is_list = isinstance(part, dict)
+            target[key] = list(part.values()) if is_list else part.getvalue()
+        self._reply.update(object="chat.completion", choices=[*self.choices.values()])
+        return Completion(self._reply)
 
 
 # ---------------------- Server-sent events
 
 
-def split_lines(pieces: Iterable[bytes]) -> Iterator[bytearray]:
-    """Yield the lines of a body; these end with LF, CRLF or CR."""
-    rest, after_cr = bytearray(), False  # rest: a line without its end
+def split_lines(pieces: Any) -> Any:
+    """Yield the lines, which end with LF, CRLF or CR."""
+    rest, after_cr = bytearray(), False
     for piece in pieces:
         new = piece.removeprefix(b"\n") if after_cr else piece
         after_cr = piece.endswith(b"\r")
@@ -496,8 +486,8 @@ def split_lines(pieces: Iterable[bytes]) -> Iterator[bytearray]:
         yield rest
 
 
-def split_events(lines: Iterable[bytearray]) -> Iterator[tuple[str, str]]:
-    """Yield (event, data) for each event; a complete one may end with the body."""
+def split_events(lines: Any) -> Any:
+    """Yield (name, data) of each event; the last may lack its empty line."""
     name = data = ""
     for line in lines:  # the first may begin with a BOM
         field, _, value = str(line, "utf-8", "replace").lstrip("\ufeff").partition(":")
@@ -509,7 +499,6 @@ def split_events(lines: Iterable[bytearray]) -> Iterator[tuple[str, str]]:
             yield name, data.strip()
             name = data = ""
     data = data.strip()
-    # Without its empty line, data counts if it is complete.
     if name == "error" or data == "[DONE]" or not isinstance(read_json(data), str):
         yield name, data
 
@@ -518,15 +507,15 @@ def split_events(lines: Iterable[bytearray]) -> Iterator[tuple[str, str]]:
 
 LOOPBACK = r"localhost|\[::1]|127(\.(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)){3}"
 HOST = rf"https?://(?P<loopback>{LOOPBACK})|https://([\w.-]+|\[[0-9a-f:.]+])"
-URL = rf"(?ai)({HOST})(:(?P<port>\d+))?(/[\w./~%+:@=-]*)?"
+URL = rf"(?ai)({HOST})(:(?P<port>\d{{1,5}}))?(/[\w./~%+:@=-]*)?"
 TOKEN_NAMES = ("DEEPINFRA_TOKEN", "DEEPINFRA_API_KEY", "DEEPINFRA_API_TOKEN")
 RETRIED = (408, 409, 429, 500, 502, 503, 504)
-STATUSES: dict[Any, Any] = dict.fromkeys((401, 402, 403), AuthenticationError)
+STATUSES: Any = dict.fromkeys((401, 402, 403), AuthenticationError)
 STATUSES |= dict.fromkeys((429, 503), RateLimitError)
-OVERRUN = "context.(length|window)|input.length|maximum.{1,40}token|too long"
-ADVICE = {  # by the beginning of a status and message, or of an exception
+OVERRUN = "context.(length|window)|input.length|maximum.{1,40}token|prompt.*too long"
+ADVICE = {  # by a status and message, or an exception
     "3": " (a redirect: check the base URL)",
-    "40[123]": " (check DEEPINFRA_TOKEN and the billing)",
+    "40[123]": " (check DEEPINFRA_TOKEN and billing)",
     "404": " (check the model and the base URL)",
     f"(?is)(400|413|422|500).*({OVERRUN})": " (over 4,096 tokens: shorten it)",
     rf"gaierror\((?!{socket.EAI_AGAIN},)": " (is there such a host?)",
@@ -536,9 +525,8 @@ ADVICE = {  # by the beginning of a status and message, or of an exception
 
 
 def find_advice(problem: str) -> str:
-    """Return what to do about a problem; if there is advice, a retry does not help."""
-    found = (advice for start, advice in ADVICE.items() if re.match(start, problem))
-    return next(found, "")
+    """Return what helps where a retry does not; or ""."""
+    return next((a for start, a in ADVICE.items() if re.match(start, problem)), "")
 
 
 def log_warning(message: str) -> None:
@@ -547,18 +535,19 @@ def log_warning(message: str) -> None:
     logging.getLogger("nemotron").warning("nemotron: %s", one_line(message))
 
 
-def read_text(pieces: Iterable[bytes]) -> str:
+def read_text(pieces: Any) -> str:
     return b"".join(pieces).decode("utf-8-sig", "replace").strip()
 
 
 class Exchange:
-    """One call: it owns the deadline, the attempts, and what exceptions become."""
+    """One call: its deadline, attempts and errors."""
 
-    def __init__(self, client: Client, body: JSON, retries: int = 2) -> None:
-        self.client, self._payload = client, to_json(body).encode()
+    def __init__(self, client: Client, body: JSON, batch: Any = None) -> None:
+        self.client, self.batch, self._payload = client, batch, to_json(body).encode()
         self.deadline = client._clock() + (client.deadline or math.inf)
-        self._retries = retries if client.retries is None else client.retries
-        self._retried = 0
+        default = 6 if batch else 2
+        self._retries = default if client.retries is None else client.retries
+        self._retried, self._paused, self.is_ended = 0, 0.0, False
 
     def send(self, read: Callable[[Any], T]) -> T:
         delay = 0.0
@@ -590,13 +579,16 @@ class Exchange:
         self.client._sleep(seconds)
 
     def _read_timeout(self) -> float:
-        left = self.deadline - self.client._clock()
+        now = self.client._clock()
+        if self.is_ended:  # min() keeps the end that was set first
+            self.deadline = min(self.deadline, now + GRACE)
+        left = self.deadline - now
         if left <= 0:
             raise socket.timeout("the deadline has passed")
         return min(self.client.timeout, left)
 
-    def pieces(self, response: Any) -> Iterator[bytes]:
-        """Yield the body as it comes, up to MAX_BYTES since `received` was set to 0."""
+    def pieces(self, response: Any) -> Any:
+        """Yield the body; no more than MAX_BYTES since `received` was set to 0."""
         self.received = 0
         with response:
             if response.headers["Content-Encoding"] not in (None, "identity"):
@@ -607,19 +599,19 @@ class Exchange:
                 piece = response.read1(65536)
                 self.received += len(piece)
                 if self.received > MAX_BYTES:
-                    raise ReplyError(f"a reply or an event of over {MAX_BYTES} bytes")
+                    raise ReplyError(f"a reply or event over {MAX_BYTES} bytes")
                 yield piece
-            if response.length:  # a short body, of which read1 says nothing
-                raise http.client.IncompleteRead(b"", response.length)
+            if response.length:  # read1 does not raise
+                raise ConnectionError("the body was cut short")
 
     def read_completion(self, response: Any) -> Completion:
         text = read_text(self.pieces(response))
         if not text:
-            raise http.client.IncompleteRead(b"")
+            raise ConnectionError("an empty reply")
         reply = self.body = read_json(text)
         ChunkMerger().add(reply, text)  # raises for an error in it
         if not dig({}, reply, "choices", 0, "message"):
-            raise ReplyError("the server sent no reply")
+            raise ReplyError("no reply came")
         return Completion(reply)
 
     def _status_error(self, response: Any) -> Any:
@@ -630,15 +622,14 @@ class Exchange:
         kind, url = STATUSES.get(self.status, APIStatusError), self.client._url
         error = kind(f"HTTP {self.status} from {url}{advice}: {message}")
         error.retryable = not advice and self.status in RETRIED
-        with suppress(Exception):  # no such header, or an odd one
-            value = response.headers["Retry-After"]
+        value = response.headers["Retry-After"]
+        with suppress(Exception):  # it may be odd
             date = email.utils.parsedate_tz(value)
             delay = email.utils.mktime_tz(date) - time.time() if date else float(value)
             error.retry_after = delay if delay >= 0 else None
         return error
 
     def to_error(self, cause: Any, kind: Any = APIConnectionError) -> Any:
-        """Return the NemotronError for an exception, without the token."""
         error, redact = cause, self.client._redact
         if not isinstance(cause, NemotronError):
             if isinstance(getattr(cause, "reason", None), Exception):
@@ -657,17 +648,13 @@ class Exchange:
 
 
 class Client:
-    """The settings of calls.  Creating one does no I/O; threads may share it.
+    """Settings, which threads may share.  Raises InvalidRequestError for a bad value.
 
     token, base_url, model  None: DEEPINFRA_TOKEN, DEEPINFRA_BASE_URL, NEMOTRON_MODEL
     timeout   seconds of silence on the connection
     deadline  seconds for a whole call, with its retries and waits
     retries   None: 2, in a batch 6
-
-    Raises InvalidRequestError for a bad value.
     """
-
-    _clock, _sleep = staticmethod(time.monotonic), staticmethod(time.sleep)
 
     def __init__(
         self,
@@ -682,22 +669,22 @@ class Client:
         if token is None:
             tokens = (os.environ.get(name, "").strip() for name in TOKEN_NAMES)
             token = next(filter(None, tokens), "")
-        require(isinstance(token, str), "token must be a string")  # and is not shown
+        require(isinstance(token, str), "token must be a string")
         self.base_url = base_url or os.environ.get("DEEPINFRA_BASE_URL") or BASE_URL
         self.model = model or os.environ.get("NEMOTRON_MODEL") or MODEL
         self.timeout = 600.0 if timeout is None else timeout
         self.deadline, self.retries = deadline, retries
         for name, value in vars(self).items():
-            if value is not None:
-                check_value(name, value)
-        match = re.fullmatch(URL, self.base_url)
-        if not match or int(match["port"] or 1) not in range(1, 65536):
-            raise InvalidRequestError("base_url must be https://..., or http: loopback")
+            check_value(name, value)
+        match: Any = re.fullmatch(URL, self.base_url)
+        valid = match and 0 < int(match["port"] or 1) < 65536
+        require(valid, "base_url must be https://..., or http: loopback")
         self._is_local = bool(match["loopback"])
         self._url = self.base_url.rstrip("/") + "/chat/completions"
         self._token, self._lock = token.strip(), threading.Lock()
+        self._clock, self._sleep = time.monotonic, time.sleep
         forms = [rf"\\*(?:{re.escape(c)}|(?i:u{ord(c):04x}))" for c in self._token]
-        self._token_pattern = re.compile(r"(?<!\\)" + "".join(forms))  # or escaped
+        self._secret = re.compile(r"(?<!\\)" + "".join(forms))
 
     def chat(self, messages: Messages, **params: Unpack[Params]) -> Completion:
         """Return the whole reply.  Raises NemotronError."""
@@ -717,56 +704,51 @@ class Client:
         """Send many requests, `jobs` (1 to 200) at a time; yield their rows.
 
         requests  strings, bodies, objects with a prompt, or lines of a batch file
-        output    a file to append the rows to; what has a row there without an error
-                  is neither sent again nor yielded
+        output    a file to append rows to; what has one there without an error is
+                  neither sent again nor yielded
         params    defaults for every request
 
         A row is {"id", "custom_id", "request", "response", "error"}.  Raises
-        AuthenticationError for a refused token, and NemotronError if `output` cannot
-        be written; all other errors are in the rows.
+        AuthenticationError for a refused token, NemotronError for a full disk.
         """
-        output = params.pop("output", None)
-        return Batch(self, requests, jobs, output, params).rows(enumerate(requests, 1))
+        return Batch(self, requests, jobs, params).rows(enumerate(requests, 1))
 
     def _body(self, messages: Any, params: Any) -> JSON:
         given = {"model": self.model, **check_parameters(params)}
         return build_request(messages, **given)
 
     def _redact(self, value: Any, depth: int = 0) -> Any:
-        """Return JSON without the token, and not nested too deep to be read again."""
-        redact = self._redact
+        """Return JSON without the token, at most MAX_DEPTH deep."""
+        redact, depth = self._redact, depth + 1
         if depth > MAX_DEPTH:
             return "..."
         if isinstance(value, dict):
-            return {redact(k): redact(v, depth + 1) for k, v in value.items()}
+            return {redact(k): redact(v, depth) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
-            return [redact(item, depth + 1) for item in value]
-        if not isinstance(value, (str, bytes)) or len(self._token) < 8:
-            return value  # a shorter token may be a word
-        text = value if isinstance(value, str) else repr(value)
-        return self._token_pattern.sub("[token]", text)
+            return [redact(item, depth) for item in value]
+        if isinstance(value, str) and len(self._token) >= 8:  # or it may be a word
+            return self._secret.sub("[token]", value)
+        return value
 
     def _headers(self) -> Any:
         if not re.fullmatch("[ -~]*" if self._is_local else "[ -~]+", self._token):
             raise AuthenticationError("set a valid DEEPINFRA_TOKEN, or try --offline")
-        headers = {"Content-Type": "application/json", "User-Agent": "nemotron.py"}
-        if self._token:
-            headers["Authorization"] = f"Bearer {self._token}"
-        return headers
+        token = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        return {"Content-Type": "application/json", "User-Agent": "nemotron", **token}
 
     def _open(self, payload: bytes, timeout: float) -> Any:
         request = urllib.request.Request(self._url, payload, self._headers())
-        with self._lock:  # so that the certificates are read once
+        with self._lock:  # it reads the certificates, once
             opener = self._opener
         return opener.open(request, timeout=timeout)
 
     @functools.cached_property
     def _opener(self) -> Any:
-        """urllib's own follows redirects, with the token, and opens file:// URLs."""
+        """urllib's own follows redirects, and opens file:// URLs."""
         opener = urllib.request.OpenerDirector()
         opener.add_handler(urllib.request.HTTPHandler())
         opener.add_handler(urllib.request.ProxyHandler({} if self._is_local else None))
-        if self._url.lower().startswith("https:"):
+        if self._url[:5].lower() == "https":
             import ssl
 
             context = ssl.create_default_context()
@@ -775,28 +757,26 @@ class Client:
 
 
 class Stream(contextlib.AbstractContextManager["Stream"]):
-    """A reply as it arrives: iterating yields the text of choice 0, piece by piece.
+    """A reply as it arrives; iterating yields the text of choice 0, piece by piece.
 
     Reading raises IncompleteReplyError if the reply stops before its end, or ReplyError
-    if the server sends something else; every later read raises the same error.
+    if the server sends something else; later reads raise the same.
     """
 
     def __init__(self, exchange: Exchange, response: Any) -> None:
         self._exchange, self._response = exchange, response
         self._merger = ChunkMerger()
         self._problem: Any = ConnectionError("the connection was closed")
-        lines: Any = split_lines(exchange.pieces(response))
-        kind = response.headers.get_content_type()
-        if kind in ("application/json", "text/html"):  # one reply: make it an event
-            data = (b"data:" + line.removeprefix(b"\xef\xbb\xbf") for line in lines)
-            lines = itertools.chain(data, [b"", b"data:[DONE]"])
-        self._events: Any = split_events(lines)
+        pieces = exchange.pieces(response)
+        self._events = split_events(split_lines(pieces))
+        if response.headers.get_content_type() in ("application/json", "text/html"):
+            self._events = (("", read_text(x)) for x in (pieces, [b"[DONE]"]))
 
-    def __exit__(self, *exc_info: object) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close the connection; nothing more is read."""
+        """Close the connection."""
         self._events.close()
         self._response.close()
 
@@ -804,16 +784,16 @@ class Stream(contextlib.AbstractContextManager["Stream"]):
         return (text for _, text in self._read() if text)
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yield every Chunk that is left, instead of the text."""
+        """Yield every Chunk, instead of the text."""
         return (Chunk(chunk) for chunk, _ in self._read())
 
     def completion(self) -> Completion:
-        """Read the rest, and return the whole reply, with what was read before."""
+        """Read the rest, and return the whole reply."""
         for _ in self._read():
             pass
         return self._merger.completion()
 
-    def _read(self) -> Iterator[tuple[JSON, str]]:
+    def _read(self) -> Any:
         exchange, merger = self._exchange, self._merger
         try:
             for name, data in self._events:
@@ -824,17 +804,10 @@ class Stream(contextlib.AbstractContextManager["Stream"]):
                     break
                 if name == "error":
                     chunk = {"error": chunk or "no message"}
-                elif not chunk or data.startswith(":"):
+                elif not chunk or data[:1] == ":":
                     continue  # it keeps the connection alive
-                try:
-                    text = merger.add(chunk, data)
-                except ReplyError:
-                    if merger.is_finished:
-                        continue  # usage may still come
-                    raise
-                if merger.is_finished:  # min() keeps the end that is set first
-                    end = exchange.client._clock() + GRACE
-                    exchange.deadline = min(exchange.deadline, end)
+                text = merger.add(chunk, data)
+                exchange.is_ended = merger.is_finished
                 yield chunk, text
         except Exception as problem:
             self._problem = problem
@@ -864,15 +837,12 @@ def batch(
 
 # ----------------------------------- Batch
 
-ROW_START = b'{"id": "batch_req_'  # how each row begins
-
 
 def read_request(item: Any, defaults: JSON) -> JSON:
-    """Return the body of a batch request; its own fields go before the defaults."""
+    """Return a body; the fields of the item go before the defaults."""
     item = {"prompt": item} if isinstance(item, str) else item
     fields: Any = dig({}, item, "body") or item
-    if not isinstance(fields, dict):
-        raise InvalidRequestError(f"not an object or a string: {reprlib.repr(item)}")
+    require(isinstance(fields, dict), "not an object or a string")
     extra = {**defaults.get("extra", {}), **fields}
     for name in ("custom_id", "stream", "stream_options"):
         extra.pop(name, None)
@@ -880,13 +850,13 @@ def read_request(item: Any, defaults: JSON) -> JSON:
     own = {name: extra.pop(name) for name in REQUEST_NAMES[:-1] if name in fields}
     params = {**defaults, **check_parameters(own), "extra": extra}
     if is_list_of(dict, messages) and any(m.get("role") == "system" for m in messages):
-        params["system"] = own.get("system")  # the default is for those without one
+        params["system"] = own.get("system")  # not the default
     return build_request(messages, **params)
 
 
 @contextlib.contextmanager
-def reporting(path: Any, kind: type[NemotronError] = InvalidRequestError) -> Any:
-    """Turn an exception about a file into an error that names the file."""
+def reporting(path: Any, kind: Any = InvalidRequestError) -> Any:
+    """Name the file in an error about it."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -895,105 +865,94 @@ def reporting(path: Any, kind: type[NemotronError] = InvalidRequestError) -> Any
 
 
 def lock_file(file: Any, wait: bool) -> None:
-    """Lock a file until it is closed.  Raises ValueError if another run has it."""
-    if sys.platform == "win32":
-        return
+    """Lock a file.  Raises ValueError if another run has it."""
     try:
-        import fcntl
-
+        fcntl: Any = __import__("fcntl")
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        raise ValueError("another run is writing to it") from None
-    except (ImportError, OSError) as error:
-        log_warning(f"no lock, so do not run it twice at once: {describe(error)}")
+        raise ValueError("another run writes to it") from None
+    except (ImportError, OSError) as error:  # Windows, and some file systems
+        log_warning(f"no lock, so run it only once at a time: {describe(error)}")
 
 
 def row_key(row: JSON) -> bytes:
-    """Return a digest of a request, and of its name unless that is line-N."""
-    import hashlib
-
+    """Digest a request, and its name unless that is line-N."""
     name = re.sub(r"^line-\d+$", "", str(row.get("custom_id")))
     text = json.dumps([name, row.get("request")], sort_keys=True)
     return hashlib.sha256(text.encode()).digest()
 
 
-def open_output(
-    path: Any, source: Any
-) -> tuple[Any, collections.Counter[bytes | None]]:
-    """Return the file to append rows to, and how often each key is answered in it."""
-    answered: collections.Counter[bytes | None] = collections.Counter()
+def open_output(path: Any, source: Any) -> Any:
+    """Return the file to append to, and how often it answers each key."""
+    answered: Any = Counter()
     if path is None:
         return None, answered
     check_value("output", path)
     with reporting(path), contextlib.ExitStack() as stack:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise ValueError("not a regular file")
         file = stack.enter_context(open(path, "a+b"))
-        with suppress(AttributeError, OSError, TypeError):
-            if os.path.sameopenfile(source.fileno(), file.fileno()):
-                raise ValueError("it is the input, too")
+        require(os.path.isfile(path), "not a regular file")
+        with suppress(AttributeError, OSError):
+            same = os.path.sameopenfile(source.fileno(), file.fileno())
+            require(not same, "it is the input")
         lock_file(file, wait=False)
-        end = file.seek(0)
+        file.seek(0)
         for number, line in enumerate(file, 1):
             row, is_whole = read_json(line.decode()), line.endswith(b"\n")
-            if is_whole and {"response", "error"} <= dig({}, row).keys():
+            if {"response", "error"} <= dig({}, row).keys():
                 answered[row_key(row)] += row["error"] is None
-            elif is_whole or not ROW_START.startswith(line[: len(ROW_START)]):
+                if not is_whole:
+                    file.write(b"\n")
+            elif (
+                is_whole
+                or row != line.decode()
+                or not line.startswith(b'{"id": "batch_req_'[: len(line)])
+            ):
                 raise ValueError(f"line {number} is not a row")
             else:  # it is torn
-                file.truncate(end)
-            end += len(line)
+                file.truncate(file.tell() - len(line))
         stack.pop_all()
         return file, answered
 
 
-def row_error(error: Exception, code: str) -> JSON:
+def row_error(error: Any, code: str) -> JSON:
     return {"code": getattr(error, "code", code), "message": one_line(describe(error))}
 
 
 class Batch:
-    """Workers, each a thread, that take requests in turn and answer them."""
+    """Threads that take requests in turn and answer them."""
 
-    FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds
+    FIRST_PAUSE = 1  # second
 
-    def __init__(
-        self, client: Client, source: Any, jobs: int, output: Any, params: Any
-    ) -> None:
-        import logging  # noqa: F401 (later, there may be no file left to load it)
+    def __init__(self, client: Client, source: Any, jobs: Any, params: Any) -> None:
         import queue
 
+        __import__("logging")  # while files can be opened
         check_value("jobs", jobs)
-        client._headers()  # raises for a missing token
-        "localhost".encode("idna")  # loads what looking up a host needs
-        self.client, self._jobs, self.skipped = client, jobs, 0
+        client._headers()  # raises without a token
+        self.client, self._jobs, self.skipped = client, jobs or 8, 0
+        self._path = params.pop("output", None)
         self._params = {"model": client.model, **check_parameters(params)}
-        self._names: set[str] = set()
-        self._slots: Any = queue.SimpleQueue()  # one is free once its row is used
+        self._used: Any = queue.SimpleQueue()  # wakes a worker for each row used
         self._rows: Any = queue.SimpleQueue()
-        self._source_lock, self._taken = threading.Lock(), 0
-        self.lock = threading.RLock()  # garbage collection may end a batch anywhere
-        self._has_ended, self._failure = False, None
+        self._turn, self._taken = threading.Lock(), 0
+        self.lock = threading.RLock()  # garbage collection may end() anywhere
+        self._ended, self._failure = False, None
         self.stopped = threading.Event()
-        self.not_before, self.next_pause = -math.inf, self.FIRST_PAUSE
-        self._output, self._answered = open_output(output, source)
+        self.not_before, self.pauses = 0.0, 0
+        self._output, self._answered = open_output(self._path, source)
 
     def rows(self, numbered: Any, parse: Any = lambda item: item) -> Iterator[JSON]:
-        """Yield the rows as they come; then raise what has ended the batch early."""
         work = functools.partial(self._work, self._prepare(numbered, parse))
         received = 0
         try:
-            for started in range(self._jobs):
-                self._slots.put("free")
-                try:
+            threading.Thread(target=work, daemon=True).start()
+            with suppress(RuntimeError, MemoryError):  # there may be a limit
+                for _ in range(1, self._jobs):
                     threading.Thread(target=work, daemon=True).start()
-                except (RuntimeError, MemoryError):  # the system allows no more
-                    if not started:
-                        raise
-                    break
-            while not self._has_ended or received < self._taken:
+            while not self._ended or received < self._taken:
                 try:
                     row = self._rows.get()
-                except KeyboardInterrupt as error:  # what is complete still comes
+                except KeyboardInterrupt as error:  # complete rows still come
                     self.end(error, at_once=True)
                     continue
                 if row is None:
@@ -1001,127 +960,121 @@ class Batch:
                 if row:
                     received += 1
                     yield row
-                    self._slots.put("free")
+                    self._used.put(row)
         finally:
             self.end(at_once=True)
-            with self.lock, suppress(OSError):
-                if self._output:
-                    self._output.close()
+            with self.lock, suppress(AttributeError, OSError):
+                self._output.close()
         if self._failure:
             raise self._failure
 
     def end(self, failure: Any = None, at_once: bool = False) -> None:
-        """Take no more requests; at once: drop those in flight, too."""
-        self._has_ended, self._failure = True, self._failure or failure
+        """Take no more requests; at once: drop those in flight."""
+        self._ended, self._failure = True, self._failure or failure
         if at_once:
             self.stopped.set()
-        self._rows.put(None if at_once else {})  # {} only wakes up rows()
-        self._slots.put("free")  # wakes up a worker, which wakes up the next
+        self._rows.put(None if at_once else {})  # {} only wakes rows()
+        self._used.put(None)
 
     def _work(self, requests: Any) -> None:
+        row: Any = None
         try:
-            while self._slots.get() and not self._has_ended:
-                with self._source_lock:
-                    row, body = next(requests)
-                    if self._has_ended:
+            while not self._ended:
+                with self._turn:
+                    row, body = next(requests, (None, None))
+                    if self._ended or not row:
                         break
                     self._taken += 1
                 self._answer(row, body)
-        except BaseException as error:
-            self.end(None if isinstance(error, StopIteration) else error)
-        self._slots.put("free")
+                row = None
+                self._used.get()
+            self.end()  # wakes the next worker
+        except BaseException as error:  # with a row: a full disk, say
+            self.end(error, at_once=bool(row))
 
-    def _prepare(self, numbered: Any, parse: Any) -> Iterator[tuple[JSON, Any]]:
-        """Yield the row and the body, None if invalid, of each request to answer."""
+    def _prepare(self, numbered: Any, parse: Any) -> Any:
+        """Yield the row, and the body if valid, of each request."""
+        names = set()
         for number, item in numbered:
+            name, body = f"line-{number}", None
             row: JSON = {"id": f"batch_req_{os.urandom(12).hex()}"}
-            row.update(custom_id=f"line-{number}", request=None)
-            row.update(response=None, error=None)
-            body = None
+            row.update(custom_id=name, request=None, response=None, error=None)
             try:
                 item = parse(item)
-                name: Any = dig(None, item, "custom_id")
-                if not isinstance(name, (str, type(None))):
-                    raise InvalidRequestError("custom_id must be a string")
-                row["custom_id"] = name = row["custom_id"] if name is None else name
-                if name in self._names:
+                own: Any = dig(None, item, "custom_id")
+                name = name if own is None else own
+                require(isinstance(name, str), "custom_id must be a string")
+                row["custom_id"] = name
+                if name in names:
                     row["error"] = {"code": "duplicate_custom_id", "message": name}
                 else:
-                    self._names.add(name)
+                    names.add(name)
                     body = json.loads(to_json(read_request(item, self._params)))
                     row["request"] = self.client._redact(body)
             except Exception as error:
                 row["error"] = row_error(error, "invalid_request")
-            key = row_key(row) if body and self._answered else None
-            if self._answered[key] > 0:
+            key = row_key(row) if self._answered else None
+            if body and self._answered[key]:
                 self._answered[key] -= 1
                 self.skipped += 1
             else:
                 yield row, body
 
     def _answer(self, row: JSON, body: Any) -> None:
-        try:
-            if body:
-                self._send(row, body)
-            row = self.client._redact(row)
-            with self.lock:
-                if self._output and not self.stopped.is_set():
-                    with reporting(self._output.name, NemotronError):
-                        self._output.write(json.dumps(row).encode() + b"\n")
-                        self._output.flush()
-            self._rows.put(row)
-        except BaseException as error:  # the output is full, or no memory is left
-            self.end(error, at_once=True)
-
-    def _send(self, row: JSON, body: JSON) -> None:
-        exchange = BatchExchange(self, body)
-        try:
-            exchange.send(exchange.read_completion)
-            self.next_pause = self.FIRST_PAUSE
-        except Exception as error:
-            row["error"] = row_error(error, "reply")
-            if isinstance(error, AuthenticationError):
-                self.end(error)
-        if exchange.status:
-            row["response"] = {"status_code": exchange.status}
-            row["response"].update(request_id=exchange.request_id, body=exchange.body)
+        if body:
+            exchange = BatchExchange(self.client, body, self)
+            try:
+                exchange.send(exchange.read_completion)
+                self.pauses = 0
+            except Exception as error:
+                row["error"] = row_error(error, "reply")
+                if isinstance(error, AuthenticationError):
+                    self.end(error)
+            if exchange.status:
+                response = {"status_code": exchange.status, "body": exchange.body}
+                row["response"] = {**response, "request_id": exchange.request_id}
+        row = self.client._redact(row)
+        with self.lock, reporting(self._path, NemotronError):
+            if self._output and not self.stopped.is_set():
+                self._output.write(json.dumps(row).encode() + b"\n")
+                self._output.flush()
+        self._rows.put(row)
 
 
 class BatchExchange(Exchange):
-    """A call of a batch, whose calls share the pauses that a busy server needs."""
-
-    def __init__(self, batch: Batch, body: JSON) -> None:
-        super().__init__(batch.client, body, 6)
-        self._batch, self._paused = batch, 0.0
+    """A call of a batch: if the server is busy, all pause and no retry is used."""
 
     def _wait(self, seconds: float) -> None:
-        clock, batch = self.client._clock, self._batch
-        until = clock() + seconds
-        while (left := min(max(until, batch.not_before), self.deadline) - clock()) > 0:
-            if batch.stopped.wait(left):
-                raise NemotronError("the batch was stopped")
-        self._last_pause = batch.not_before
+        while not self.batch.stopped.wait(seconds):
+            seconds = min(self.batch.not_before, self.deadline) - self.client._clock()
+            if seconds <= 0:
+                self._last_pause = self.batch.not_before
+                return
+        raise NemotronError("stopped")
 
-    def _delay_after(self, error: NemotronError) -> float:
-        """Pause all calls when the server is busy; this uses up no retry."""
-        batch, now, timeout = self._batch, self.client._clock(), self.client.timeout
-        if getattr(error.__cause__, "errno", 0) in (errno.EMFILE, errno.ENFILE):
-            return 0.1  # another call may have closed its files by then
+    def _delay_after(self, error: Any) -> float:
+        batch, now, timeout = self.batch, self.client._clock(), self.client.timeout
+        if (
+            self._paused < timeout
+            and getattr(error.__cause__, "errno", 0) == errno.EMFILE
+        ):
+            self._paused += 0.1
+            return 0.1  # another call may close its files
         if not isinstance(error, RateLimitError):
             return super()._delay_after(error)
-        delay = error.retry_after or 0.0
+        delay = error.retry_after or 0
         if self._paused >= timeout or delay > min(timeout, self.deadline - now):
             raise error
         with batch.lock:
-            # The first call of those sent before it begins a pause.
-            if self._last_pause == batch.not_before:
+            if self._last_pause == batch.not_before:  # no pause began since
                 if not delay:
-                    delay = batch.next_pause
-                    batch.next_pause = min(2 * delay, batch.MAX_PAUSE)
-                log_warning(f"all workers pause for {delay:.1f} s: {error}")
-            batch.not_before = max(batch.not_before, now + delay)
-            self._paused += batch.not_before - now
-        return 0.0
+                    delay = min(batch.FIRST_PAUSE * 2**batch.pauses, 60)
+                    batch.pauses += 1
+                log_warning(f"pausing for {delay:.1f} s: {error}")
+            if delay:
+                batch.not_before = max(batch.not_before, now + delay)
+            self._paused += max(batch.not_before - now, 0)
+        return 0
 
 
 # -------------------------- Offline server
@@ -1132,51 +1085,48 @@ def offline(**settings: Any) -> Iterator[Client]:
     """A Client for a server in this process, which echoes the last user message."""
     import socketserver
 
-    class Handler(socketserver.StreamRequestHandler):
-        def handle(self) -> None:
-            with suppress(OSError, ValueError):  # the client has gone
-                self.rfile.readline()
-                size = http.client.parse_headers(self.rfile)["Content-Length"] or 0
-                body = self.rfile.read(int(size)).decode("utf-8", "replace")
-                kind, answer = echo(read_json(body))
-                head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nConnection: close"
-                self.wfile.write(f"{head}\r\n\r\n{answer}".encode("ascii"))
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), answer) as server:
         server.daemon_threads = True
-        server.socket.listen(1024)  # connections at once
-        serve = functools.partial(server.serve_forever, 0.01)  # seconds to shut down
-        threading.Thread(target=serve, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/v1/openai"
+        server.socket.listen(1024)
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
         try:
             yield Client(**{**settings, "token": "", "base_url": url})
         finally:
             server.shutdown()
 
 
-def echo(request: Any) -> tuple[str, str]:
-    messages: list[Any] = dig([], request, "messages")
-    turns = [turn for turn in messages if dig("", turn, "role") == "user"]
-    content: Any = dig(None, turns, -1, "content")
-    parts = content if isinstance(content, list) else [{"text": content}]
-    text = "".join(dig("", part, "text") for part in parts)
-    words = re.findall(r"\s*\S+|\s+$", text)
-    usage = {"prompt_tokens": len(words), "completion_tokens": len(words)}
-    usage.update(total_tokens=2 * len(words), estimated_cost=0)
+def answer(connection: Any, *_: Any) -> Any:
+    with suppress(Exception), connection.makefile("rwb") as file:
+        file.readline()
+        size = http.client.parse_headers(file)["Content-Length"] or 0
+        request = read_json(read_text([file.read(int(size))]))
+        file.write(f"HTTP/1.0 200 OK\r\nContent-Type: {echo(request)}".encode())
 
-    def reply(key: str, text: str, reason: str | None, **fields: Any) -> str:
+
+def echo(request: Any) -> str:
+    messages: Any = dig([], request, "messages")
+    turns = [turn for turn in messages if dig("", turn, "role") == "user"]
+    parts: Any = dig([], turns, -1, "content")
+    text = dig("", turns, -1, "content")
+    text += "".join(dig("", part, "text") for part in parts)
+    words = re.findall(r"\s*\S+|\s+$", text)
+    count, is_stream = len(words), dig(False, request, "stream")
+    usage = {"prompt_tokens": count, "completion_tokens": count, "estimated_cost": 0}
+    usage["total_tokens"] = 2 * count
+    key, kind = ("delta", ".chunk") if is_stream else ("message", "")
+
+    def reply(text: str, reason: Any = None) -> str:
         part = {key: {"role": "assistant", "content": text}, "finish_reason": reason}
         choices = [{"index": i, **part} for i in range(dig(1, request, "n"))]
-        kind = "chat.completion" if key == "message" else "chat.completion.chunk"
-        head = {"id": "chatcmpl-offline", "object": kind, "created": int(time.time())}
-        head["model"] = dig("", request, "model")
-        return to_json({**head, "choices": choices, **fields})
+        head: JSON = {"id": "offline", "object": "chat.completion" + kind}
+        head.update(created=0, model=dig("", request, "model"))
+        return to_json({**head, "choices": choices, "usage": usage if reason else None})
 
-    if not dig(False, request, "stream"):
-        return "application/json", reply("message", text, "stop", usage=usage)
-    chunks = [reply("delta", word, None) for word in words]
-    chunks += [reply("delta", STOP_TOKEN, "stop", usage=usage), "[DONE]"]
-    return "text/event-stream", "".join(f"data: {chunk}\n\n" for chunk in chunks)
+    if not is_stream:
+        return "application/json\r\n\r\n" + reply(text, "stop")
+    chunks = [*map(reply, words), reply(STOP_TOKEN, "stop"), "[DONE]"]
+    return "text/event-stream\r\n\r\ndata: " + "\n\ndata: ".join(chunks) + "\n\n"
 
 
 # ------------------- Command line: options
@@ -1184,123 +1134,121 @@ def echo(request: Any) -> tuple[str, str]:
 USAGE = "nemotron.py [options] [PROMPT ...]"
 HELP_END = """\
 examples:
-  %(prog)s 'Name two techniques to cook lamb.'
+  %(prog)s 'Hello!'
   git diff | %(prog)s 'Write a commit message.'
   %(prog)s --batch topics.txt --output rows.jsonl 'Ask about {}.'
 
 exit status:
   0    complete
-  1    failed; a batch has error rows
+  1    failed; error rows
   2    usage error
   3    not complete; --max-cost reached
-  4    DEEPINFRA_TOKEN is missing or refused
+  4    token missing or refused
   5    server busy
   130  Ctrl-C
   141  output closed"""
 OPTIONS = read_table("""\
-request | -s --system | TEXT | system message
-request | -m --model | ID | default: NEMOTRON_MODEL
-request | -o --option | KEY VALUE | any field: JSON, @FILE or text
-request | -n --no-stdin | | leave standard input alone
-request | --no-stream | | wait for the whole reply
-request | -u --usage | | show tokens, cost and seconds
 prompt | -c --conversation | PATH | continue a conversation
-prompt | -i --interactive | | chat, a turn a line, until exit
-prompt | --json | | print the server's JSON
-prompt | --dry-run | | print the request, send nothing
-batch | --batch | FILE | send each line (-: of standard input)
-batch | --output | FILE | append rows; skip what has one there
-batch | -j --jobs | an integer | at a time, 1 to 200; default: 8
-batch | --max-cost | a number | stop at so many US dollars
+| -i --interactive | | chat, a turn a line
+| -n --no-stdin | | ignore standard input
+| -u --usage | | show tokens, cost and seconds
+| --json | | print the server's JSON
+| --no-stream | | wait for the whole reply
+| --dry-run | | only print the request
+batch | --batch | FILE | send each line (-: standard input)
+| --output | FILE | append rows; skip those there
+| -j --jobs | an integer | at a time, 1 to 200; default: 8
+| --max-cost | a number | US dollars to stop at
 server | --base-url | URL | default: DEEPINFRA_BASE_URL
-server | --timeout | a number | seconds of silence; default: 600
-server | --deadline | a number | seconds for a whole call
-server | --retries | an integer | default: 2, in a batch 6
-server | --offline | | echo the prompt, without a network""")
+| --timeout | a number | seconds of silence; default: 600
+| --deadline | a number | seconds for a whole call
+| --retries | an integer | default: 2, in a batch 6
+| --offline | | echo the prompt, no network
+request | -s --system | TEXT | system message
+| -m --model | ID | default: NEMOTRON_MODEL
+| -o --option | KEY VALUE | any field: JSON, @FILE or text""")
 
 
-def parse_options(argv: list[str]) -> Any:
+def build_parser() -> Any:
     import argparse
 
-    def fail(message: str) -> Any:
-        raise InvalidRequestError(f"{message} (see -h)")
-
     parser: Any = argparse.ArgumentParser(usage=USAGE, allow_abbrev=False)
-    parser.error, parser.epilog = fail, HELP_END
+    parser.error, parser.epilog = functools.partial(require, False), HELP_END
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("words", nargs="*", help="the prompt")
     parser.add_argument("--version", action="version", version=__version__)
-    kinds: dict[str, JSON] = {
-        "": {"action": "store_true", "default": None},
+    kinds: Any = {
+        "": {"action": "store_true"},
         "PATH": {"metavar": "FILE", "type": os.path.realpath},
         "KEY VALUE": {"action": "append", "nargs": 2, "metavar": ("KEY", "VALUE")},
         "a number": {"type": float, "metavar": "X"},
         "an integer": {"type": int, "metavar": "N"},
-        "a string or a list of 1 to 16": {"action": "append", "metavar": "TEXT"},
+        "1 to 16 strings": {"action": "append", "metavar": "TEXT"},
     }
     rows = OPTIONS + [
-        ["sampling", "--" + name.replace("_", "-"), kind, f"{limits or kind}: {text}"]
+        ["", "--" + name.replace("_", "-"), kind, f"{limits or kind}: {text}"]
         for name, kind, limits, _, text in PARAMETERS[:-3]  # those need -o
     ]
-    groups = {row[0]: parser.add_argument_group(row[0]) for row in rows}
+    group = parser
     for title, flags, kind, text in rows:
+        if title:
+            group = parser.add_argument_group(title)
         settings = kinds.get(kind, {"metavar": kind if kind.isupper() else "TEXT"})
-        groups[title].add_argument(*flags.split(), help=text, **settings)
+        group.add_argument(*flags.split(), help=text, **settings)
+    return parser
+
+
+def parse_options(argv: list[str]) -> Any:
     argv = [os.fsencode(arg).decode("utf-8", "surrogateescape") for arg in argv]
     end = [*argv, "--"].index("--")  # after it, all are words
-    args = parser.parse_intermixed_args(argv[:end])
+    args = build_parser().parse_intermixed_args(argv[:end])
     args.words += argv[end + 1 :]
-    args.stream = not (args.json or args.no_stream or args.batch)
-    return args
-
-
-def read_params(args: Any) -> JSON:
-    excluded = "batch" if args.batch is None else "prompt"
-    for title, flags, *_ in OPTIONS:
-        name = flags.split("--")[1].replace("-", "_")
-        if title == excluded and getattr(args, name) is not None:
-            raise InvalidRequestError(f"{flags} is only for a {title}")
+    unfit, verb = ["output", "jobs", "max_cost"], "needs"
+    if args.batch is not None:
+        unfit, verb = ["conversation", "interactive", "json", "dry_run"], "excludes"
+    for name in unfit:
+        require(not getattr(args, name), f"{name} {verb} --batch")
+    args.stream = not (args.json or args.no_stream)
     extra: JSON = {}
     if args.usage and args.stream:
         extra["stream_options"] = {"include_usage": True}
     for key, value in args.option or ():
         extra[key] = read_json(read_file(value[1:]) if value[:1] == "@" else value)
-    if extra.get("n", 1) != 1 and not (args.json or args.batch or args.dry_run):
-        raise InvalidRequestError("n over 1 needs --json or --batch")
     params = {name: getattr(args, name, None) for name in REQUEST_NAMES}
-    return check_parameters({**params, "extra": extra})
+    args.params = check_parameters({**params, "extra": extra})
+    return args
 
 
 # ---- Command line: one reply and conversations
 
 
-def warn(message: object) -> None:
+def warn(message: Any) -> None:
     with suppress(OSError, ValueError):  # it may be full or closed
         print("nemotron:", one_line(str(message)), file=sys.stderr)
 
 
-def write_reply(pieces: Iterable[str]) -> None:
+def write_reply(pieces: Any) -> None:
     """Write a reply: no white space before it, and one newline after it."""
     show = escape_controls if sys.stdout.isatty() else str
-    begun, held = False, ""  # held: newlines, which may be the last
+    rest = itertools.dropwhile(str.isspace, pieces)
+    first, held = next(rest, "").lstrip(), ""  # held: newlines, maybe the last
     try:
-        for piece in pieces:
-            held += piece if begun else piece.lstrip()
+        for piece in itertools.chain([first], rest):
+            held += piece
             line = held.rstrip("\r\n")
-            begun, held = begun or bool(line), held[len(line) :]
+            held = held[len(line) :]
             print(show(line), end="", flush=True)
-        begun = True  # an empty reply is an empty line
     finally:
-        if begun:
-            print()
+        print()
 
 
 def open_input(path: str) -> Any:
     if path != "-":
         return open(path, "rb")
-    if sys.platform != "win32" and not select.select([sys.stdin], [], [], 2)[0]:
-        warn("waiting for standard input (or use -n)")
-    # A thread may hold the lock of sys.stdin at the end.
+    if sys.platform != "win32":
+        os.set_blocking(sys.stdin.fileno(), True)
+        if not select.select([sys.stdin], [], [], 2)[0]:
+            warn("waiting for standard input (or use -n)")
     return open(sys.stdin.fileno(), "rb", closefd=False)
 
 
@@ -1310,7 +1258,6 @@ def read_file(path: str) -> str:
 
 
 def read_prompt(args: Any) -> str:
-    """Return the words, with standard input after them or in place of "-"."""
     words = args.words
     if args.no_stdin or ("-" not in words and sys.stdin.isatty()):
         return " ".join(words)
@@ -1319,7 +1266,7 @@ def read_prompt(args: Any) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def load_conversation(path: str) -> Any:
+def load_messages(path: str) -> Any:
     with reporting(path):
         tempfile.TemporaryFile(dir=os.path.dirname(path)).close()  # or it is too late
         if not os.path.exists(path):
@@ -1328,16 +1275,16 @@ def load_conversation(path: str) -> Any:
             return check_messages(json.load(file))
 
 
-def save_conversation(path: str, before: Any, after: list[JSON]) -> None:
-    """Replace the messages in a file, unless they are no longer those before."""
+def save_messages(path: str, before: Any, after: Any) -> None:
+    """Replace the messages before, if they are still those of the file."""
     folder = os.path.dirname(path)
     with reporting(path, NemotronError), contextlib.ExitStack() as stack:
-        if sys.platform != "win32":  # Windows cannot open a folder
+        with suppress(OSError):  # Windows cannot open a folder
             lock = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, lock)
             lock_file(lock, wait=True)
-        if load_conversation(path) != before:
-            raise ValueError("it was changed meanwhile")
+        if load_messages(path) != before:
+            raise ValueError("changed meanwhile")
         temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
         with tempfile.NamedTemporaryFile("w", dir=temporary, delete=False) as file:
             json.dump(after, file, indent=1)
@@ -1352,23 +1299,23 @@ def finish_problem(reply: Completion) -> str:
     return ", ".join(reasons.intersection(INCOMPLETE))
 
 
-def format_cost(cost: float | None) -> str:
+def format_cost(cost: Any) -> str:
     if cost is None or math.isnan(cost):
         return "cost unknown"
     return f"${cost:.8f}".rstrip("0").rstrip(".")
 
 
 def send_turn(args: Any, saved: Any, prompt: str) -> Any:
-    """Send one more prompt; return all messages, and the exit status."""
-    client, system, began = args.client, args.system, time.monotonic()
-    turns = [m for m in saved or () if system is None or m["role"] != "system"]
+    client, began = args.client, time.monotonic()
+    turns = [m for m in saved or () if args.system is None or m["role"] != "system"]
     if prompt:
         turns.append({"role": "user", "content": prompt})
-    require(turns, f"no prompt: {USAGE}")
-    body = build_request(turns, stream=args.stream, **args.params)
+    require(turns and turns[-1]["role"] != "assistant", f"no prompt: {USAGE}")
+    body = client._body(turns, args.params)
     if args.dry_run:
-        print(to_json(body))
+        print(to_json({**body, "stream": True} if args.stream else body))
         return saved, 0
+    require(args.json or body.get("n", 1) == 1, "n over 1 needs --json or --batch")
     if args.stream:
         with client.stream(turns, **args.params) as stream:
             write_reply(stream)
@@ -1378,7 +1325,7 @@ def send_turn(args: Any, saved: Any, prompt: str) -> Any:
         write_reply([json.dumps(reply) if args.json else reply.text])
     problem = finish_problem(reply)
     if problem:
-        warn(f"the reply is not complete: finish_reason {problem}")
+        warn(f"not complete: finish_reason {problem}")
     if args.usage:
         get, model = reply.usage.get, dig(client.model, reply, "model")
         line = f"{get('prompt_tokens', '?')} + {get('completion_tokens', '?')} tokens"
@@ -1387,12 +1334,12 @@ def send_turn(args: Any, saved: Any, prompt: str) -> Any:
         warn(client._redact(line))
     messages = [*body["messages"], reply.message]
     if args.conversation:
-        save_conversation(args.conversation, saved, messages)
+        save_messages(args.conversation, saved, messages)
     return messages, 3 if problem else 0
 
 
 def converse(args: Any) -> int:
-    saved = load_conversation(args.conversation) if args.conversation else None
+    saved = args.conversation and load_messages(args.conversation)
     if args.no_stdin or args.dry_run or not args.interactive:
         return int(send_turn(args, saved, read_prompt(args))[1])
     args.client._headers()  # without a token, no turn succeeds
@@ -1403,18 +1350,19 @@ def converse(args: Any) -> int:
         with suppress(ImportError):
             __import__("readline").parse_and_bind("set enable-bracketed-paste on")
     screen = sys.stdout if sys.stdout.isatty() else sys.stderr
-    with suppress(EOFError):
-        while True:
-            try:
-                with contextlib.redirect_stdout(screen):
-                    text, words = (words or input(prompt)).lstrip("\ufeff").strip(), ""
-                if text == "exit":
-                    break
-                if text:
-                    saved, _ = send_turn(args, saved, text)
-            except (NemotronError, KeyboardInterrupt) as error:
-                warn(str(error) or "stopped, this turn is dropped")
-    return 0
+    while True:
+        try:
+            with contextlib.redirect_stdout(screen):
+                text, words = (words or input(prompt)).lstrip("\ufeff").strip(), ""
+            if text == "exit":
+                return 0
+            if text:
+                saved, _ = send_turn(args, saved, text)
+        except EOFError:
+            draw("")  # over the prompt
+            return 0
+        except (NemotronError, KeyboardInterrupt) as error:
+            warn(str(error) or "this turn is dropped")
 
 
 # ---- Command line: batches, and the start
@@ -1423,14 +1371,15 @@ def converse(args: Any) -> int:
 def draw(text: str) -> None:
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns - 1
-        print(f"\r{text[:width]:{width}}\r", end="", file=sys.stderr, flush=True)
+        print(f"\r{text[:width].ljust(width)}\r", end="", file=sys.stderr, flush=True)
 
 
 class Progress:
-    def __init__(self, batch: Batch, total: int, max_cost: Any) -> None:
-        self.batch, self.total, self.max_cost = batch, total, max_cost
-        self.began, self.cost, self.done, self.in_a_row = time.monotonic(), 0.0, 0, 0
-        self.counts = collections.Counter(failed=0)  # and each code
+    cost, done, in_a_row = 0.0, 0, 0
+
+    def __init__(self, batch: Batch, total: int) -> None:
+        self.batch, self.total, self.began = batch, total, time.monotonic()
+        self.counts = Counter(failed=0)  # and each code
 
     def add(self, row: JSON) -> None:
         error, reply = row["error"], Completion(dig({}, row, "response", "body"))
@@ -1441,33 +1390,36 @@ class Progress:
                 warn(f"first failure, {row['custom_id']}: {error['message']}")
             self.counts.update(["failed", error["code"]])
             self.in_a_row += row["request"] is not None
+            if self.in_a_row == 20:
+                self.batch.end(NemotronError("20 failures in a row"))
         else:
-            if finish_problem(reply):
-                self.counts["not complete"] += 1
-            cost, self.in_a_row = reply.cost, 0
-            self.cost += math.nan if cost is None or cost < 0 else cost
-        if self.in_a_row >= 20:
-            self.batch.end(NemotronError("stopped by 20 failures in a row"))
+            self.counts["not complete"] += bool(finish_problem(reply))
+            self.cost += math.nan if reply.cost is None else reply.cost
+            self.in_a_row = 0
 
-    def allows(self, line: bytes) -> bool:
-        is_over = self.max_cost is not None and not self.cost < self.max_cost
-        if line.strip() and is_over:
-            self.batch.end(IncompleteReplyError("--max-cost reached or cost unknown"))
-        return bool(line.strip()) and not is_over
+    def lines(self, args: Any, file: Any) -> Any:
+        limit = args.max_cost
+        with reporting(args.batch):
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    if limit is not None and not self.cost < limit:
+                        raise IncompleteReplyError("--max-cost reached or cost unknown")
+                    yield number, line
 
     def summary(self) -> str:
-        seconds = time.monotonic() - self.began or 0.001
-        rate, done = self.done / seconds, self.done + self.batch.skipped
-        parts = [f"{done} of {self.total or '?'} done"]
-        parts += [f"{count} {name}" for name, count in self.counts.items()]
-        parts += [f"{rate:.1f}/s, {format_cost(self.cost)}, {seconds:.1f} s"]
-        if rate and self.total > done:
-            parts.append(f"{(self.total - done) / rate:.0f} s left")
-        return ", ".join(parts)
+        rate = self.done / (time.monotonic() - self.began or 0.001)
+        done = self.done + self.batch.skipped
+        text = f"{done} of {self.total or '?'} done"
+        for name, count in self.counts.items():
+            text += f", {count} {name}"
+        text += f", {format_cost(self.cost)}, {rate:.1f}/s"
+        if self.done and self.total > done:
+            text += f", {(self.total - done) / rate:.0f} s left"
+        return text
 
 
 def run_batch(args: Any) -> int:
-    check_value("max_cost", args.max_cost or 0)
+    require((args.max_cost or 0) >= 0, "max_cost must be 0 or more")
     template = " ".join(args.words) or "{}"
     if "{}" not in template:
         template += "\n\n{}"
@@ -1476,26 +1428,24 @@ def run_batch(args: Any) -> int:
         if os.path.isfile(args.batch):
             total = sum(1 for line in file if line.strip())
             file.seek(0)
-    jobs = 8 if args.jobs is None else args.jobs
-    batch = Batch(args.client, file, jobs, args.output, args.params)
-    progress = Progress(batch, total, args.max_cost)
-    lines = (pair for pair in enumerate(file, 1) if progress.allows(pair[1]))
-    status = 0
+    batch = Batch(args.client, file, args.jobs, {**args.params, "output": args.output})
+    progress = Progress(batch, total)
 
     def parse(line: bytes) -> Any:
         text = line.decode("utf-8-sig").strip()
-        item = json.loads(text) if text.startswith(("{", "[", '"')) else text
+        item = json.loads(text) if text[:1] in '{["' else text
         return template.replace("{}", item) if isinstance(item, str) else item
 
     try:
-        for row in batch.rows(lines, parse):
+        for row in batch.rows(progress.lines(args, file), parse):
             try:
                 if args.output is None:
                     sys.stdout.write(json.dumps(row) + "\n")
                 progress.add(row)
                 draw(progress.summary())
-            except KeyboardInterrupt as error:  # the rows that are complete still come
+            except KeyboardInterrupt as error:
                 batch.end(error, at_once=True)
+        status = 3 if progress.counts["not complete"] else 0
     except NemotronError as error:
         draw("")
         warn(error)
@@ -1503,30 +1453,26 @@ def run_batch(args: Any) -> int:
     finally:
         draw("")
         warn(progress.summary())
-        if args.batch != "-":
+        if total:  # else a thread may hold its lock
             file.close()
-    if progress.counts["failed"] and status != 4:
-        return 1
-    return status or (3 if progress.counts["not complete"] else 0)
+    return 1 if progress.counts["failed"] and status != 4 else status
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line, and return its exit status."""
-    sys.stdin = sys.stdin or open(os.devnull)  # where it is closed
+    """Run the command line; return the exit status."""
+    sys.stdin = sys.stdin or open(os.devnull)  # if closed
     sys.stderr = sys.stderr or open(os.devnull, "w")
     try:
-        require(sys.stdout, "standard output is closed")
+        require(sys.stdout, "no standard output")
         files: Any = (sys.stdin, sys.stdout, sys.stderr)
         for file in files:
             file.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
         with suppress(SystemExit):  # of -h and --version
             args = parse_options(sys.argv[1:] if argv is None else argv)
-            args.params = read_params(args)
             names = ("model", "base_url", "timeout", "deadline", "retries")
             settings = {name: getattr(args, name) for name in names}
             server: Any = offline(**settings) if args.offline else None
             with server or contextlib.nullcontext(Client(**settings)) as args.client:
-                args.params["model"] = args.client.model
                 return converse(args) if args.batch is None else run_batch(args)
         print(end="", flush=True)
         return 0
@@ -1537,8 +1483,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_status
     except Exception as error:
         sys.stdout = open(os.devnull, "w")  # or exiting fails again
-        closed = errno.EPIPE if sys.platform != "win32" else errno.EINVAL
-        if getattr(error, "errno", 0) == closed:
+        if getattr(error, "errno", 0) in (errno.EPIPE, errno.EINVAL):  # Windows: EINVAL
             return 141
         name = "standard output" if isinstance(error, OSError) else type(error).__name__
         warn(f"{name}: {describe(error)}")

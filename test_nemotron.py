@@ -324,7 +324,7 @@ TYPES = {
     "an integer": "int | None",
     "a list of objects": "list[JSON] | None",
     "an object": "JSON | None",
-    "a string or a list of 1 to 16": "str | list[str] | None",
+    "1 to 16 strings": "str | list[str] | None",
 }
 USER = {"role": "user", "content": "u"}
 ASSISTANT = {"role": "assistant", "content": "a"}
