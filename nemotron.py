@@ -87,7 +87,7 @@ BASE_URL = "https://api.deepinfra.com/v1/openai"
 MAX_BYTES = 64 << 20  # of a reply, or of one event
 MAX_DEPTH = 100  # levels of JSON that any Python can read
 MAX_DELAY = 120.0  # seconds; no retry if a server asks for more
-GRACE = 5.0  # seconds to read on after the end of a stream
+GRACE = 5.0  # seconds to read on after a stream's end
 
 # ---------------------------------- Errors
 
@@ -507,7 +507,7 @@ def split_events(lines: Any) -> Any:
 
 LOOPBACK = r"localhost|\[::1]|127(\.(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)){3}"
 HOST = rf"https?://(?P<loopback>{LOOPBACK})|https://([\w.-]+|\[[0-9a-f:.]+])"
-URL = rf"(?ai)({HOST})(:(?P<port>\d{{1,5}}))?(/[\w./~%+:@=-]*)?"
+URL = rf"(?ai)({HOST})(:(?P<port>\d{{1,5}}))?(/[^?#\s]*)?"
 TOKEN_NAMES = ("DEEPINFRA_TOKEN", "DEEPINFRA_API_KEY", "DEEPINFRA_API_TOKEN")
 RETRIED = (408, 409, 429, 500, 502, 503, 504)
 STATUSES: Any = dict.fromkeys((401, 402, 403), AuthenticationError)
@@ -594,8 +594,9 @@ class Exchange:
             if response.headers["Content-Encoding"] not in (None, "identity"):
                 raise ReplyError("the reply is compressed")
             while response.fp and response.length != 0:
-                # urllib has no other way to bound each read.
-                response.fp.raw._sock.settimeout(self._read_timeout())
+                if self.is_ended or self.deadline < math.inf:
+                    # The one way to bound a read of urllib.
+                    response.fp.raw._sock.settimeout(self._read_timeout())
                 piece = response.read1(65536)
                 self.received += len(piece)
                 if self.received > MAX_BYTES:
@@ -993,7 +994,7 @@ class Batch:
             self.end(error, at_once=bool(row))
 
     def _prepare(self, numbered: Any, parse: Any) -> Any:
-        """Yield the row, and the body if valid, of each request."""
+        """Yield a row, and a body if it is valid, for each request."""
         names = set()
         for number, item in numbered:
             name, body = f"line-{number}", None
@@ -1228,7 +1229,7 @@ def warn(message: Any) -> None:
 
 
 def write_reply(pieces: Any) -> None:
-    """Write a reply: no white space before it, and one newline after it."""
+    """Write a reply without white space before it, and a newline after it."""
     show = escape_controls if sys.stdout.isatty() else str
     rest = itertools.dropwhile(str.isspace, pieces)
     first, held = next(rest, "").lstrip(), ""  # held: newlines, maybe the last
@@ -1237,7 +1238,8 @@ def write_reply(pieces: Any) -> None:
             held += piece
             line = held.rstrip("\r\n")
             held = held[len(line) :]
-            print(show(line), end="", flush=True)
+            sys.stdout.write(show(line))  # faster than print()
+            sys.stdout.flush()
     finally:
         print()
 
