@@ -38,7 +38,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 TYPE_CHECKING = False  # importing typing takes 2 ms
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ MAX_DEPTH = 100  # levels of JSON that any Python can read
 MAX_DELAY = 120.0  # seconds; no retry if a server asks for more
 GRACE = 5.0  # seconds to read on after a stream's end
 
-# ---------------------------------- Errors
+# ---- Errors
 
 CONTROLS = "[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 
@@ -157,7 +157,7 @@ class IncompleteReplyError(ReplyError, code="incomplete_reply", status=3):
     """The stream stopped before the reply ended."""
 
 
-# ------------------------------ Parameters
+# ---- Parameters
 
 
 def require(condition: Any, problem: str) -> None:
@@ -242,7 +242,7 @@ def check_parameters(values: Any) -> JSON:
     return given
 
 
-# --------------------------------- Request
+# ---- Request
 
 ROLES = ("system", "user", "assistant", "tool")
 raw_decode = json.JSONDecoder().raw_decode  # faster than json.loads()
@@ -259,7 +259,7 @@ def dig(default: T, value: Any, *path: Any) -> T:
 
 
 def read_json(text: str) -> Any:
-    """Return the value of a JSON text, or the text if it is not JSON."""
+    """Return the value, or the text itself if it is not JSON."""
     try:
         value, end = raw_decode(text.strip())
     except (ValueError, RecursionError):
@@ -314,7 +314,7 @@ def build_request(
     return {**body, "stream": True} if stream else body
 
 
-# ----------------------------------- Reply
+# ---- Reply
 
 STOP_TOKEN = "</s>"  # the model's last piece of text
 INCOMPLETE = ("length", "content_filter", "abort", "error")  # finish_reason
@@ -326,8 +326,8 @@ class Completion(dict[str, "Any"]):
 
     def _dig(self, default: T, *path: Any) -> T:
         choices: Any = dig([], self, "choices")
-        first = next((c for c in choices if not dig(None, c, "index")), None)
-        return dig(default, first, *path)
+        zero = next((c for c in choices if not dig(None, c, "index")), None)
+        return dig(default, zero, *path)
 
     @property
     def text(self) -> str:
@@ -381,7 +381,7 @@ def server_message(answer: Any) -> str:
 class ChunkMerger:
     def __init__(self) -> None:
         self.choices: Any = {}  # by index
-        self.is_finished = False  # every choice that came has a finish_reason
+        self.finished = False  # every choice that came has a finish_reason
         self._reply: JSON = {}  # without the choices
         self._parts: Any = []  # (object, key, value) of texts and lists
         self._held = ""  # a stop token, which is text if more follows
@@ -403,11 +403,11 @@ class ChunkMerger:
             raise ReplyError(f"the server sent an odd chunk: {said}") from None
 
     def _add(self, chunk: Any) -> Any:
-        choices = [] if self.is_finished else chunk.get("choices") or []
+        choices = [] if self.finished else chunk.get("choices") or []
         errors = [part for part in (chunk, *choices) if part.get("error")]
         said = server_message(errors if choices else chunk)
         if errors or said:
-            if self.is_finished:
+            if self.finished:
                 return ""  # usage may still come
             raise ReplyError(f"the server sent an error: {said or 'no message'}")
         self._merge(self._reply, {**chunk, "choices": None})
@@ -426,9 +426,9 @@ class ChunkMerger:
             fields.pop("delta", None)
             self._merge(self.choices.setdefault(index, start), fields)
         reasons = [choice.get("finish_reason") for choice in self.choices.values()]
-        self.is_finished = bool(reasons) and all(reasons)
+        self.finished = bool(reasons) and all(reasons)
         is_plain = new_text and delta.keys() <= {"role", "content"}
-        if is_plain and not (self._held or self.is_finished):
+        if is_plain and not (self._held or self.finished):
             plain = {**dict.fromkeys(choices[0]), "index": 0, "delta": delta}
             self._plain = {**chunk, "choices": [plain]}
         return new_text
@@ -468,7 +468,7 @@ class ChunkMerger:
         return Completion(self._reply)
 
 
-# ---------------------- Server-sent events
+# ---- Server-sent events
 
 
 def split_lines(pieces: Any) -> Any:
@@ -503,7 +503,7 @@ def split_events(lines: Any) -> Any:
         yield name, data
 
 
-# ---------------------------------- Client
+# ---- Client
 
 LOOPBACK = r"localhost|\[::1]|127(\.(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)){3}"
 HOST = rf"https?://(?P<loopback>{LOOPBACK})|https://([\w.-]+|\[[0-9a-f:.]+])"
@@ -547,7 +547,7 @@ class Exchange:
         self.deadline = client._clock() + (client.deadline or math.inf)
         default = 6 if batch else 2
         self._retries = default if client.retries is None else client.retries
-        self._retried, self._paused, self.is_ended = 0, 0.0, False
+        self._retried, self._paused, self.ended = 0, 0.0, False
 
     def send(self, read: Callable[[Any], T]) -> T:
         delay = 0.0
@@ -580,7 +580,7 @@ class Exchange:
 
     def _read_timeout(self) -> float:
         now = self.client._clock()
-        if self.is_ended:  # min() keeps the end that was set first
+        if self.ended:  # min() keeps the end that was set first
             self.deadline = min(self.deadline, now + GRACE)
         left = self.deadline - now
         if left <= 0:
@@ -588,13 +588,13 @@ class Exchange:
         return min(self.client.timeout, left)
 
     def pieces(self, response: Any) -> Any:
-        """Yield the body; no more than MAX_BYTES since `received` was set to 0."""
+        """Yield the body, up to MAX_BYTES since `received` was set to 0."""
         self.received = 0
         with response:
             if response.headers["Content-Encoding"] not in (None, "identity"):
                 raise ReplyError("the reply is compressed")
             while response.fp and response.length != 0:
-                if self.is_ended or self.deadline < math.inf:
+                if self.ended or self.deadline < math.inf:
                     # The one way to bound a read of urllib.
                     response.fp.raw._sock.settimeout(self._read_timeout())
                 piece = response.read1(65536)
@@ -671,7 +671,9 @@ class Client:
             tokens = (os.environ.get(name, "").strip() for name in TOKEN_NAMES)
             token = next(filter(None, tokens), "")
         require(isinstance(token, str), "token must be a string")
-        self.base_url = base_url or os.environ.get("DEEPINFRA_BASE_URL") or BASE_URL
+        if base_url is None:
+            base_url = os.environ.get("DEEPINFRA_BASE_URL") or BASE_URL
+        self.base_url = base_url
         self.model = model or os.environ.get("NEMOTRON_MODEL") or MODEL
         self.timeout = 600.0 if timeout is None else timeout
         self.deadline, self.retries = deadline, retries
@@ -680,10 +682,11 @@ class Client:
         match: Any = re.fullmatch(URL, self.base_url)
         valid = match and 0 < int(match["port"] or 1) < 65536
         require(valid, "base_url must be https://..., or http: loopback")
-        self._is_local = bool(match["loopback"])
+        self._local = bool(match["loopback"])
         self._url = self.base_url.rstrip("/") + "/chat/completions"
         self._token, self._lock = token.strip(), threading.Lock()
         self._clock, self._sleep = time.monotonic, time.sleep
+        # the token, with each character escaped, as in JSON, or not
         forms = [rf"\\*(?:{re.escape(c)}|(?i:u{ord(c):04x}))" for c in self._token]
         self._secret = re.compile(r"(?<!\\)" + "".join(forms))
 
@@ -732,14 +735,14 @@ class Client:
         return value
 
     def _headers(self) -> Any:
-        if not re.fullmatch("[ -~]*" if self._is_local else "[ -~]+", self._token):
+        if not re.fullmatch("[ -~]*" if self._local else "[ -~]+", self._token):
             raise AuthenticationError("set a valid DEEPINFRA_TOKEN, or try --offline")
         token = {"Authorization": f"Bearer {self._token}"} if self._token else {}
         return {"Content-Type": "application/json", "User-Agent": "nemotron", **token}
 
     def _open(self, payload: bytes, timeout: float) -> Any:
         request = urllib.request.Request(self._url, payload, self._headers())
-        with self._lock:  # it reads the certificates, once
+        with self._lock:  # reads the certificates once
             opener = self._opener
         return opener.open(request, timeout=timeout)
 
@@ -748,7 +751,7 @@ class Client:
         """urllib's own follows redirects, and opens file:// URLs."""
         opener = urllib.request.OpenerDirector()
         opener.add_handler(urllib.request.HTTPHandler())
-        opener.add_handler(urllib.request.ProxyHandler({} if self._is_local else None))
+        opener.add_handler(urllib.request.ProxyHandler({} if self._local else None))
         if self._url[:5].lower() == "https":
             import ssl
 
@@ -771,13 +774,13 @@ class Stream(contextlib.AbstractContextManager["Stream"]):
         pieces = exchange.pieces(response)
         self._events = split_events(split_lines(pieces))
         if response.headers.get_content_type() in ("application/json", "text/html"):
+            # One whole reply: make an event of it.
             self._events = (("", read_text(x)) for x in (pieces, [b"[DONE]"]))
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Close the connection."""
         self._events.close()
         self._response.close()
 
@@ -795,6 +798,7 @@ class Stream(contextlib.AbstractContextManager["Stream"]):
         return self._merger.completion()
 
     def _read(self) -> Any:
+        """Yield (chunk, text); then raise _problem, unless the reply has ended."""
         exchange, merger = self._exchange, self._merger
         try:
             for name, data in self._events:
@@ -808,12 +812,12 @@ class Stream(contextlib.AbstractContextManager["Stream"]):
                 elif not chunk or data[:1] == ":":
                     continue  # it keeps the connection alive
                 text = merger.add(chunk, data)
-                exchange.is_ended = merger.is_finished
+                exchange.ended = merger.finished
                 yield chunk, text
         except Exception as problem:
             self._problem = problem
         self.close()
-        if self._problem and not merger.is_finished:
+        if self._problem and not merger.finished:
             error = exchange.to_error(self._problem, IncompleteReplyError)
             error.partial, self._problem = merger.completion(), error
             raise error
@@ -836,11 +840,11 @@ def batch(
     return Client().batch(requests, jobs, **params)
 
 
-# ----------------------------------- Batch
+# ---- Batch
 
 
 def read_request(item: Any, defaults: JSON) -> JSON:
-    """Return a body; the fields of the item go before the defaults."""
+    """Return a body: the item's own fields, else the defaults."""
     item = {"prompt": item} if isinstance(item, str) else item
     fields: Any = dig({}, item, "body") or item
     require(isinstance(fields, dict), "not an object or a string")
@@ -855,7 +859,7 @@ def read_request(item: Any, defaults: JSON) -> JSON:
     return build_request(messages, **params)
 
 
-@contextlib.contextmanager
+@contextmanager
 def reporting(path: Any, kind: Any = InvalidRequestError) -> Any:
     """Name the file in an error about it."""
     try:
@@ -866,14 +870,14 @@ def reporting(path: Any, kind: Any = InvalidRequestError) -> Any:
 
 
 def lock_file(file: Any, wait: bool) -> None:
-    """Lock a file.  Raises ValueError if another run has it."""
+    """Raises ValueError if another run has it."""
     try:
         fcntl: Any = __import__("fcntl")
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise ValueError("another run writes to it") from None
     except (ImportError, OSError) as error:  # Windows, and some file systems
-        log_warning(f"no lock, so run it only once at a time: {describe(error)}")
+        log_warning(f"no lock, so run it once at a time: {describe(error)}")
 
 
 def row_key(row: JSON) -> bytes:
@@ -889,7 +893,7 @@ def open_output(path: Any, source: Any) -> Any:
     if path is None:
         return None, answered
     check_value("output", path)
-    with reporting(path), contextlib.ExitStack() as stack:
+    with reporting(path), ExitStack() as stack:
         file = stack.enter_context(open(path, "a+b"))
         require(os.path.isfile(path), "not a regular file")
         with suppress(AttributeError, OSError):
@@ -899,17 +903,14 @@ def open_output(path: Any, source: Any) -> Any:
         file.seek(0)
         for number, line in enumerate(file, 1):
             row, is_whole = read_json(line.decode()), line.endswith(b"\n")
+            start = b'{"id": "batch_req_'[: len(line)]
             if {"response", "error"} <= dig({}, row).keys():
                 answered[row_key(row)] += row["error"] is None
                 if not is_whole:
                     file.write(b"\n")
-            elif (
-                is_whole
-                or row != line.decode()
-                or not line.startswith(b'{"id": "batch_req_'[: len(line)])
-            ):
+            elif is_whole or row != line.decode() or not line.startswith(start):
                 raise ValueError(f"line {number} is not a row")
-            else:  # it is torn
+            else:  # torn: no line end, no JSON, but our start
                 file.truncate(file.tell() - len(line))
         stack.pop_all()
         return file, answered
@@ -934,11 +935,11 @@ class Batch:
         self._path = params.pop("output", None)
         self._params = {"model": client.model, **check_parameters(params)}
         self._used: Any = queue.SimpleQueue()  # wakes a worker for each row used
-        self._rows: Any = queue.SimpleQueue()
+        self._rows: Any = queue.SimpleQueue()  # {} only wakes rows(), None ends it
         self._turn, self._taken = threading.Lock(), 0
-        self.lock = threading.RLock()  # garbage collection may end() anywhere
-        self._ended, self._failure = False, None
-        self.stopped = threading.Event()
+        self.lock = threading.RLock()  # its holder may garbage-collect rows()
+        self._ended, self._failure = False, None  # no more are taken; why
+        self.stopped = threading.Event()  # those in flight are dropped, too
         self.not_before, self.pauses = 0.0, 0
         self._output, self._answered = open_output(self._path, source)
 
@@ -974,7 +975,7 @@ class Batch:
         self._ended, self._failure = True, self._failure or failure
         if at_once:
             self.stopped.set()
-        self._rows.put(None if at_once else {})  # {} only wakes rows()
+        self._rows.put(None if at_once else {})
         self._used.put(None)
 
     def _work(self, requests: Any) -> None:
@@ -990,7 +991,7 @@ class Batch:
                 row = None
                 self._used.get()
             self.end()  # wakes the next worker
-        except BaseException as error:  # with a row: a full disk, say
+        except BaseException as error:  # with a row: a full disk
             self.end(error, at_once=bool(row))
 
     def _prepare(self, numbered: Any, parse: Any) -> Any:
@@ -1010,8 +1011,9 @@ class Batch:
                     row["error"] = {"code": "duplicate_custom_id", "message": name}
                 else:
                     names.add(name)
+                    # as row_key() will read it
                     body = json.loads(to_json(read_request(item, self._params)))
-                    row["request"] = self.client._redact(body)
+                    row["request"] = self.client._redact(body, 1)
             except Exception as error:
                 row["error"] = row_error(error, "invalid_request")
             key = row_key(row) if self._answered else None
@@ -1043,7 +1045,7 @@ class Batch:
 
 
 class BatchExchange(Exchange):
-    """A call of a batch: if the server is busy, all pause and no retry is used."""
+    """While the server is busy, all calls pause, and use up no retry."""
 
     def _wait(self, seconds: float) -> None:
         while not self.batch.stopped.wait(seconds):
@@ -1055,10 +1057,8 @@ class BatchExchange(Exchange):
 
     def _delay_after(self, error: Any) -> float:
         batch, now, timeout = self.batch, self.client._clock(), self.client.timeout
-        if (
-            self._paused < timeout
-            and getattr(error.__cause__, "errno", 0) == errno.EMFILE
-        ):
+        no_file = getattr(error.__cause__, "errno", 0) == errno.EMFILE
+        if no_file and self._paused < timeout:
             self._paused += 0.1
             return 0.1  # another call may close its files
         if not isinstance(error, RateLimitError):
@@ -1067,26 +1067,26 @@ class BatchExchange(Exchange):
         if self._paused >= timeout or delay > min(timeout, self.deadline - now):
             raise error
         with batch.lock:
-            if self._last_pause == batch.not_before:  # no pause began since
-                if not delay:
-                    delay = min(batch.FIRST_PAUSE * 2**batch.pauses, 60)
-                    batch.pauses += 1
-                log_warning(f"pausing for {delay:.1f} s: {error}")
+            if not delay and self._last_pause == batch.not_before:  # none began since
+                delay = min(batch.FIRST_PAUSE * 2**batch.pauses, 60)
+                batch.pauses += 1
             if delay:
+                if batch.not_before <= now:
+                    log_warning(f"pausing for {delay:.1f} s: {error}")
                 batch.not_before = max(batch.not_before, now + delay)
             self._paused += max(batch.not_before - now, 0)
         return 0
 
 
-# -------------------------- Offline server
+# ---- Offline server
 
 
-@contextlib.contextmanager
+@contextmanager
 def offline(**settings: Any) -> Iterator[Client]:
-    """A Client for a server in this process, which echoes the last user message."""
+    """A Client for a server in this process that echoes the last user message."""
     import socketserver
 
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), answer) as server:
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), serve) as server:
         server.daemon_threads = True
         server.socket.listen(1024)
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
@@ -1097,7 +1097,7 @@ def offline(**settings: Any) -> Iterator[Client]:
             server.shutdown()
 
 
-def answer(connection: Any, *_: Any) -> Any:
+def serve(connection: Any, *_: Any) -> Any:
     with suppress(Exception), connection.makefile("rwb") as file:
         file.readline()
         size = http.client.parse_headers(file)["Content-Length"] or 0
@@ -1130,7 +1130,7 @@ def echo(request: Any) -> str:
     return "text/event-stream\r\n\r\ndata: " + "\n\ndata: ".join(chunks) + "\n\n"
 
 
-# ------------------- Command line: options
+# ---- Command line: options
 
 USAGE = "nemotron.py [options] [PROMPT ...]"
 HELP_END = """\
@@ -1174,7 +1174,8 @@ def build_parser() -> Any:
     import argparse
 
     parser: Any = argparse.ArgumentParser(usage=USAGE, allow_abbrev=False)
-    parser.error, parser.epilog = functools.partial(require, False), HELP_END
+    parser.error = lambda text: require(False, text.split("=")[0])
+    parser.epilog = HELP_END
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("words", nargs="*", help="the prompt")
     parser.add_argument("--version", action="version", version=__version__)
@@ -1215,8 +1216,8 @@ def parse_options(argv: list[str]) -> Any:
         extra["stream_options"] = {"include_usage": True}
     for key, value in args.option or ():
         extra[key] = read_json(read_file(value[1:]) if value[:1] == "@" else value)
-    params = {name: getattr(args, name, None) for name in REQUEST_NAMES}
-    args.params = check_parameters({**params, "extra": extra})
+    params = {row[0]: getattr(args, row[0], None) for row in PARAMETERS}
+    args.params = check_parameters({**params, "system": args.system, "extra": extra})
     return args
 
 
@@ -1229,7 +1230,7 @@ def warn(message: Any) -> None:
 
 
 def write_reply(pieces: Any) -> None:
-    """Write a reply without white space before it, and a newline after it."""
+    """Write a reply, without its leading white space."""
     show = escape_controls if sys.stdout.isatty() else str
     rest = itertools.dropwhile(str.isspace, pieces)
     first, held = next(rest, "").lstrip(), ""  # held: newlines, maybe the last
@@ -1238,7 +1239,7 @@ def write_reply(pieces: Any) -> None:
             held += piece
             line = held.rstrip("\r\n")
             held = held[len(line) :]
-            sys.stdout.write(show(line))  # faster than print()
+            sys.stdout.write(show(line))
             sys.stdout.flush()
     finally:
         print()
@@ -1270,7 +1271,7 @@ def read_prompt(args: Any) -> str:
 
 def load_messages(path: str) -> Any:
     with reporting(path):
-        tempfile.TemporaryFile(dir=os.path.dirname(path)).close()  # or it is too late
+        tempfile.TemporaryFile(dir=os.path.dirname(path)).close()  # writable?
         if not os.path.exists(path):
             return None
         with open(path, "rb+") as file:  # "+" refuses a pipe
@@ -1280,7 +1281,7 @@ def load_messages(path: str) -> Any:
 def save_messages(path: str, before: Any, after: Any) -> None:
     """Replace the messages before, if they are still those of the file."""
     folder = os.path.dirname(path)
-    with reporting(path, NemotronError), contextlib.ExitStack() as stack:
+    with reporting(path, NemotronError), ExitStack() as stack:
         with suppress(OSError):  # Windows cannot open a folder
             lock = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, lock)
@@ -1400,11 +1401,10 @@ class Progress:
             self.in_a_row = 0
 
     def lines(self, args: Any, file: Any) -> Any:
-        limit = args.max_cost
-        with reporting(args.batch):
+        with reporting(args.batch, NemotronError):
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    if limit is not None and not self.cost < limit:
+                    if args.max_cost is not None and not self.cost < args.max_cost:
                         raise IncompleteReplyError("--max-cost reached or cost unknown")
                     yield number, line
 
@@ -1427,7 +1427,7 @@ def run_batch(args: Any) -> int:
         template += "\n\n{}"
     with reporting(args.batch):
         file, total = open_input(args.batch), 0
-        if os.path.isfile(args.batch):
+        if args.batch != "-" and os.path.isfile(args.batch):
             total = sum(1 for line in file if line.strip())
             file.seek(0)
     batch = Batch(args.client, file, args.jobs, {**args.params, "output": args.output})
@@ -1455,7 +1455,7 @@ def run_batch(args: Any) -> int:
     finally:
         draw("")
         warn(progress.summary())
-        if total:  # else a thread may hold its lock
+        if total:  # else a thread may read it
             file.close()
     return 1 if progress.counts["failed"] and status != 4 else status
 
