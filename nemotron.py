@@ -19,7 +19,6 @@ import contextlib
 import email.utils
 import errno
 import functools
-import hashlib
 import http.client
 import io
 import itertools
@@ -882,6 +881,8 @@ def lock_file(file: Any, wait: bool) -> None:
 
 def row_key(row: JSON) -> bytes:
     """Digest a request, and its name unless that is line-N."""
+    import hashlib
+
     name = re.sub(r"^line-\d+$", "", str(row.get("custom_id")))
     text = json.dumps([name, row.get("request")], sort_keys=True)
     return hashlib.sha256(text.encode()).digest()
@@ -1289,8 +1290,8 @@ def save_messages(path: str, before: Any, after: Any) -> None:
         if load_messages(path) != before:
             raise ValueError("changed meanwhile")
         temporary = stack.enter_context(tempfile.TemporaryDirectory(dir=folder))
-        with tempfile.NamedTemporaryFile("w", dir=temporary, delete=False) as file:
-            json.dump(after, file, indent=1)
+        with tempfile.NamedTemporaryFile(dir=temporary, delete=False) as file:
+            file.write(json.dumps(after, indent=1).encode())
         with suppress(OSError):  # a new file is 0600
             shutil.copymode(path, file.name)
         os.replace(file.name, path)
