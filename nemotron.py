@@ -222,7 +222,7 @@ def check_value(name: str, value: Any) -> None:
         low, sign, _, _, high = limits.split()
         valid = float(low) <= value <= int(high) and (sign != "<" or value > float(low))
     valid = valid or value is None
-    require(valid, f"{name} is {reprlib.repr(value)}, must be {kind} {limits}")
+    require(valid, f"{name}: got {reprlib.repr(value)}, must be {kind} {limits}")
 
 
 def check_parameters(values: Any) -> JSON:
@@ -623,7 +623,7 @@ class Exchange:
         error = kind(f"HTTP {self.status} from {url}{advice}: {message}")
         error.retryable = not advice and self.status in RETRIED
         value = response.headers["Retry-After"]
-        with suppress(Exception):  # it may be odd
+        with suppress(Exception):
             date = email.utils.parsedate_tz(value)
             delay = email.utils.mktime_tz(date) - time.time() if date else float(value)
             error.retry_after = delay if delay >= 0 else None
@@ -996,7 +996,7 @@ class Batch:
             self.end(error, at_once=bool(row))
 
     def _prepare(self, numbered: Any, parse: Any) -> Any:
-        """Yield a row, and a body if it is valid, for each request."""
+        """Yield a row, and a body if valid, for each request."""
         names = set()
         for number, item in numbered:
             name, body = f"line-{number}", None
@@ -1133,7 +1133,7 @@ def echo(request: Any) -> str:
 
 # ---- Command line: options
 
-USAGE = "nemotron.py [options] [PROMPT ...]"
+USAGE = "[options] [PROMPT ...]"
 HELP_END = """\
 examples:
   %(prog)s 'Hello!'
@@ -1174,9 +1174,9 @@ request | -s --system | TEXT | system message
 def build_parser() -> Any:
     import argparse
 
-    parser: Any = argparse.ArgumentParser(usage=USAGE, allow_abbrev=False)
+    parser: Any = argparse.ArgumentParser(allow_abbrev=False)
     parser.error = lambda text: require(False, text.split("=")[0])
-    parser.epilog = HELP_END
+    parser.usage, parser.epilog = f"%(prog)s {USAGE}", HELP_END
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("words", nargs="*", help="the prompt")
     parser.add_argument("--version", action="version", version=__version__)
@@ -1314,7 +1314,7 @@ def send_turn(args: Any, saved: Any, prompt: str) -> Any:
     turns = [m for m in saved or () if args.system is None or m["role"] != "system"]
     if prompt:
         turns.append({"role": "user", "content": prompt})
-    require(turns and turns[-1]["role"] != "assistant", f"no prompt: {USAGE}")
+    require(turns and turns[-1]["role"] != "assistant", f"usage: nemotron.py {USAGE}")
     body = client._body(turns, args.params)
     if args.dry_run:
         print(to_json({**body, "stream": True} if args.stream else body))
@@ -1470,7 +1470,7 @@ def main(argv: list[str] | None = None) -> int:
         files: Any = (sys.stdin, sys.stdout, sys.stderr)
         for file in files:
             file.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
-        with suppress(SystemExit):  # of -h and --version
+        with suppress(SystemExit):  # -h, --version
             args = parse_options(sys.argv[1:] if argv is None else argv)
             names = ("model", "base_url", "timeout", "deadline", "retries")
             settings = {name: getattr(args, name) for name in names}
