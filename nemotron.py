@@ -10,7 +10,7 @@
     $ python3 nemotron.py 'Hello!'
     >>> nemotron.chat("Hello!").text
 
-A reply is complete, or it is an error.
+A reply arrives whole, or it is an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import urllib.request
 from collections import Counter
 from contextlib import ExitStack, contextmanager, suppress
 
-TYPE_CHECKING = False  # importing typing takes 2 ms
+TYPE_CHECKING = False  # typing takes 2 ms
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Any, TypedDict, TypeVar, Union
@@ -117,14 +117,14 @@ class NemotronError(Exception):
     body: Any = None  # of the response: JSON, or text
     partial: Completion  # what was received
 
-    def __init_subclass__(cls, code: str = "", status: int = 0) -> None:
-        cls.code, cls.exit_status = code or cls.code, status or cls.exit_status
+    def __init_subclass__(cls, code: str = "", exits: int = 0) -> None:
+        cls.code, cls.exit_status = code or cls.code, exits or cls.exit_status
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
 
-class InvalidRequestError(NemotronError, ValueError, code="invalid_request", status=2):
+class InvalidRequestError(NemotronError, ValueError, code="invalid_request", exits=2):
     """The caller's mistake; nothing was sent."""
 
 
@@ -140,11 +140,11 @@ class APIStatusError(NemotronError, code="api_status"):
     """The server answered with a status other than 200."""
 
 
-class AuthenticationError(APIStatusError, code="authentication", status=4):
+class AuthenticationError(APIStatusError, code="authentication", exits=4):
     """Status 401, 402, 403; or no usable token (status_code is None)."""
 
 
-class RateLimitError(APIStatusError, code="rate_limit", status=5):
+class RateLimitError(APIStatusError, code="rate_limit", exits=5):
     """Status 429 or 503: the server is busy."""
 
 
@@ -152,7 +152,7 @@ class ReplyError(NemotronError, code="reply"):
     """Status 200, but not an answer."""
 
 
-class IncompleteReplyError(ReplyError, code="incomplete_reply", status=3):
+class IncompleteReplyError(ReplyError, code="incomplete_reply", exits=3):
     """The stream stopped before the reply ended."""
 
 
@@ -335,7 +335,7 @@ class Completion(dict[str, "Any"]):
 
     @property
     def finish_reason(self) -> str | None:
-        """Such as "stop" or "length"; None if not finished."""
+        """Such as "stop", or "length" if cut off; None if unfinished."""
         return self._dig("", "finish_reason") or None
 
     @property
@@ -529,7 +529,7 @@ def find_advice(problem: str) -> str:
 
 
 def log_warning(message: str) -> None:
-    import logging  # it takes 4 ms
+    import logging  # 4 ms
 
     logging.getLogger("nemotron").warning("nemotron: %s", one_line(message))
 
@@ -587,7 +587,7 @@ class Exchange:
         return min(self.client.timeout, left)
 
     def pieces(self, response: Any) -> Any:
-        """Yield the body, up to MAX_BYTES since `received` was set to 0."""
+        """Yield the body; `received`, which Stream resets, ends at MAX_BYTES."""
         self.received = 0
         with response:
             if response.headers["Content-Encoding"] not in (None, "identity"):
@@ -685,7 +685,7 @@ class Client:
         self._url = self.base_url.rstrip("/") + "/chat/completions"
         self._token, self._lock = token.strip(), threading.Lock()
         self._clock, self._sleep = time.monotonic, time.sleep
-        # the token, with each character escaped, as in JSON, or not
+        # the token, each character plain or escaped as in JSON
         forms = [rf"\\*(?:{re.escape(c)}|(?i:u{ord(c):04x}))" for c in self._token]
         self._secret = re.compile(r"(?<!\\)" + "".join(forms))
 
@@ -706,7 +706,7 @@ class Client:
     ) -> Iterator[JSON]:
         """Send many requests, `jobs` (1 to 200) at a time; yield their rows.
 
-        requests  strings, bodies, objects with a prompt, or lines of a batch file
+        requests  prompts (str), or dicts with messages, a prompt or a body
         output    a file to append rows to; what has one there without an error is
                   neither sent again nor yielded
         params    defaults for every request
@@ -747,7 +747,7 @@ class Client:
 
     @functools.cached_property
     def _opener(self) -> Any:
-        """urllib's own follows redirects, and opens file:// URLs."""
+        """Like urllib's own, but without redirects and file:// URLs."""
         opener = urllib.request.OpenerDirector()
         opener.add_handler(urllib.request.HTTPHandler())
         opener.add_handler(urllib.request.ProxyHandler({} if self._local else None))
@@ -767,8 +767,7 @@ class Stream(contextlib.AbstractContextManager["Stream"]):
     """
 
     def __init__(self, exchange: Exchange, response: Any) -> None:
-        self._exchange, self._response = exchange, response
-        self._merger = ChunkMerger()
+        self._exchange, self._response, self._merger = exchange, response, ChunkMerger()
         self._problem: Any = ConnectionError("the connection was closed")
         pieces = exchange.pieces(response)
         self._events = split_events(split_lines(pieces))
@@ -785,6 +784,9 @@ class Stream(contextlib.AbstractContextManager["Stream"]):
 
     def __iter__(self) -> Iterator[str]:
         return (text for _, text in self._read() if text)
+
+    def __next__(self) -> str:
+        return next(iter(self))
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield every Chunk, instead of the text."""
@@ -924,7 +926,7 @@ def row_error(error: Any, code: str) -> JSON:
 class Batch:
     """Threads that take requests in turn and answer them."""
 
-    FIRST_PAUSE = 1  # second
+    FIRST_PAUSE = 1  # seconds
 
     def __init__(self, client: Client, source: Any, jobs: Any, params: Any) -> None:
         import queue
@@ -939,7 +941,7 @@ class Batch:
         self._rows: Any = queue.SimpleQueue()  # {} only wakes rows(), None ends it
         self._turn, self._taken = threading.Lock(), 0
         self.lock = threading.RLock()  # its holder may garbage-collect rows()
-        self._ended, self._failure = False, None  # no more are taken; why
+        self._ended, self._failure = False, None  # take no more; why
         self.stopped = threading.Event()  # those in flight are dropped, too
         self.not_before, self.pauses = 0.0, 0
         self._output, self._answered = open_output(self._path, source)
@@ -1101,7 +1103,7 @@ def offline(**settings: Any) -> Iterator[Client]:
 def serve(connection: Any, *_: Any) -> Any:
     with suppress(Exception), connection.makefile("rwb") as file:
         file.readline()
-        size = http.client.parse_headers(file)["Content-Length"] or 0
+        size = http.client.parse_headers(file)["Content-Length"]
         request = read_json(read_text([file.read(int(size))]))
         file.write(f"HTTP/1.0 200 OK\r\nContent-Type: {echo(request)}".encode())
 
@@ -1175,7 +1177,7 @@ def build_parser() -> Any:
     import argparse
 
     parser: Any = argparse.ArgumentParser(allow_abbrev=False)
-    parser.error = lambda text: require(False, text.split("=")[0])
+    parser.error = lambda text: require(False, text.split("=")[0])  # no token
     parser.usage, parser.epilog = f"%(prog)s {USAGE}", HELP_END
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("words", nargs="*", help="the prompt")
@@ -1280,7 +1282,7 @@ def load_messages(path: str) -> Any:
 
 
 def save_messages(path: str, before: Any, after: Any) -> None:
-    """Replace the messages before, if they are still those of the file."""
+    """Replace the file, if it still holds the messages `before`."""
     folder = os.path.dirname(path)
     with reporting(path, NemotronError), ExitStack() as stack:
         with suppress(OSError):  # Windows cannot open a folder
@@ -1363,7 +1365,7 @@ def converse(args: Any) -> int:
             if text:
                 saved, _ = send_turn(args, saved, text)
         except EOFError:
-            draw("")  # over the prompt
+            draw("")
             return 0
         except (NemotronError, KeyboardInterrupt) as error:
             warn(str(error) or "this turn is dropped")
@@ -1383,7 +1385,7 @@ class Progress:
 
     def __init__(self, batch: Batch, total: int) -> None:
         self.batch, self.total, self.began = batch, total, time.monotonic()
-        self.counts = Counter(failed=0)  # and each code
+        self.counts = Counter(failed=0)
 
     def add(self, row: JSON) -> None:
         error, reply = row["error"], Completion(dig({}, row, "response", "body"))
