@@ -668,7 +668,7 @@ class StreamTests(Case):
 
     def test_each_piece_comes_at_once_and_a_stream_can_be_closed(self):
         with self.stream(delta("a"), delta("b"), done=False, end="stall") as stream:
-            self.assertEqual(next(iter(stream)), "a")  # while the server is silent
+            self.assertEqual(next(stream), "a")  # while the server is silent
             self.assertEqual(next(stream.chunks()).text, "b")
         error = self.error(nemotron.IncompleteReplyError, stream.completion)
         self.assertEqual(error.partial.text, "ab")
@@ -735,7 +735,7 @@ class FaultTests(Case):
 
     @each(**{str(status): (status,) for status in (*RETRIED, None)})
     def test_what_may_pass_is_retried(self, status):
-        bad = status and answer("busy", status=status)
+        bad = status and answer("The upstream took too long", status=status)
         server = self.serve(bad, bad, echo, bad, bad, echo)
         client = server.client()
         self.assertEqual(client.chat("ok").text, "ok")
@@ -842,7 +842,7 @@ BAD_SETTINGS = {
     "retries": [-1, 1.5],
     "model": [5],
     "token": [5, b"x"],
-    "base_url": [5, "https://x\r\n/", "https://a b/", *BAD_URLS.split()],
+    "base_url": [5, "", "https://x\r\n/", "https://a b/", *BAD_URLS.split()],
 }
 ALL_ESCAPED = "".join(f"\\u{ord(char):04x}" for char in TOKEN)
 LEAKS = {
@@ -1036,19 +1036,11 @@ class BatchTests(BatchCase):
             "c": ZIPPED,
             "d": None,
         }
-        named = [
-            {"custom_id": name, "prompt": "x"} for name in ("a", "a", None, "line-1")
-        ]
+        named = [{"custom_id": n, "prompt": "x"} for n in ("a", "a", None, "line-1")]
         requests = [*"uabcd", 5, *named]
         answers = [lambda request: replies.get(request.prompt, echo(request))]
         rows, _ = self.batch(answers, iter(requests), retries=0)
-        names = [
-            *(f"line-{number}" for number in range(1, 7)),
-            "a",
-            "a",
-            "line-9",
-            "line-1",
-        ]
+        names = [*(f"line-{n}" for n in range(1, 7)), "a", "a", "line-9", "line-1"]
         self.assertEqual([row["custom_id"] for row in rows], names)
         codes = [(row["error"] or {"code": None})["code"] for row in rows]
         expected = [None, "api_status", "reply", "reply", "connection"]
@@ -1220,9 +1212,12 @@ class BatchTests(BatchCase):
         self.assertEqual(self.send("a", seed=1), "")
         self.assertEqual(self.send("b", answer("no", status=400)), "b")
         self.assertEqual((self.send("b"), self.send("b")), ("b", ""))
+        deep = json.loads("[" * 99 + "]" * 99)  # deeper than a row shows
+        sent = [self.send("d", extra={"deep": deep}) for _ in range(2)]
+        self.assertEqual(sent, ["d", ""])
 
     # What of a row is left after it, or of it if negative; what is sent
-    @each(begun=(1, "b"), in_the_middle=(90, "b"), before_the_brace=(-2, "ab"))
+    @each(begun=(1, "b"), middle=(90, "b"), no_brace=(-2, "ab"), no_line_end=(-1, "b"))
     def test_torn_last_lines(self, size, expected):
         self.rows.unlink(missing_ok=True)
         self.send("a")
@@ -1232,7 +1227,8 @@ class BatchTests(BatchCase):
         self.assertEqual(len(self.read()), 2)
 
     def test_what_is_not_a_file_of_rows_is_refused_untouched(self):
-        for text in ("hello", "hello\n", '{"prompt": "x"}\n', "\n", '{"id": "x'):
+        texts = ("hello", "hello\n", '{"prompt": "x"}\n', "\n", '{"id": "x')
+        for text in (*texts, '{"id": "batch_req_x", "note": "precious"}'):
             self.rows.write_text(text)
             self.invalid(self.send, "a")
             self.assertEqual(self.rows.read_text(), text)
@@ -1432,6 +1428,8 @@ class ProgramTests(ProgramCase):
         status, out, err = main("--dry-run", *args, "-m", "m", "-s", "s", "u")
         self.assertEqual((status, err, out.count("\n")), (0, "", 1))
         self.assertEqual(json.loads(out), expected)
+        out = main("--dry-run", "-n", "-m", "", "u")[1]  # as -m "$UNSET" gives
+        self.assertEqual(json.loads(out)["model"], nemotron.MODEL)
 
     def test_usage_errors(self):
         bad = """--temperature 3 | --top-k 1.5 | --nonsense | --seed -1 | --timeout 0
@@ -1441,6 +1439,7 @@ class ProgramTests(ProgramCase):
         for args in packed(bad):
             self.usage_error("x", *args.split())
         self.usage_error("--batch", README, "--max-cost", "-1")
+        self.assertNotIn(TOKEN, self.usage_error("x", f"--token={TOKEN}"))
         self.assertIn("[options]", self.usage_error())
 
     def test_json_and_usage(self):
